@@ -1,0 +1,247 @@
+"""Defaults < deepspeed.json < YAML < key=value, merged into one configuration that knows its sources."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from aquila.config.deepspeed import DeepSpeedFile
+from aquila.config.model import ModelConfig, load_model_config
+from aquila.config.run import RunConfig, find_config
+from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
+from aquila.errors import UserError
+
+MODELS = "checkpoints_in"
+
+
+class Device(NamedTuple):
+    """What the configuration must know of the device it runs on."""
+
+    type: str
+    precisions: tuple[str, ...]
+    """What it trains in, best first."""
+
+
+class Setting(NamedTuple):
+    value: Any
+    source: str
+    """default, or the file or command line and the key there."""
+
+
+@dataclass(frozen=True)
+class EffectiveConfig:
+    """The whole configuration of a run, and where each value comes from."""
+
+    run: RunConfig
+    model: ModelConfig
+    model_dir: Path
+    config_path: Path
+    deepspeed: dict[str, Any]
+    """What `deepspeed.json` says to DeepSpeed alone (zero_optimization and the like)."""
+    fp16: dict[str, Any]
+    """hysteresis and min_loss_scale of the dynamic loss scale."""
+    history: dict[str, list[Setting]]
+    """For each run key every value that was given, the winner last."""
+    notes: list[str]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return {key: settings[-1].source for key, settings in self.history.items()}
+
+    @property
+    def seq_length(self) -> int:
+        return self.run.seq_length or self.model.max_seq_len
+
+    def table(self) -> str:
+        """The start-up table: key, value, source, what it overrode; then the notes."""
+        rows = [("key", "value", "source", "overrides")]
+        for key, settings in self.history.items():
+            lost = [f"{s.value} ({s.source})" for s in settings[:-1] if s.source != "default"]
+            differs = [
+                text
+                for text, s in zip(lost, _given(settings[:-1]), strict=True)
+                if s.value != settings[-1].value
+            ]
+            rows.append((key, _show(settings[-1].value), settings[-1].source, "; ".join(differs)))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
+        lines.insert(1, "-" * max(len(line) for line in lines))
+        model = f"model {self.model_dir}: {self.model.parameter_count():,} parameters"
+        return "\n".join([*lines, model, *(f"note: {note}" for note in self.notes)])
+
+    def to_yaml(self) -> str:
+        """The run's keys as a YAML file that can itself be given as CONFIG, sources as comments."""
+        lines = [f"# The effective configuration. Model: {self.model_dir}"]
+        for key, settings in self.history.items():
+            text = yaml.safe_dump(
+                {key: settings[-1].value}, default_flow_style=True, allow_unicode=True, width=10**6
+            )
+            lines.append(f"{text.strip()[1:-1]}  # {settings[-1].source}")
+        lines += [f"# note: {note}" for note in self.notes]
+        lines += [f"# for DeepSpeed: {json.dumps(self.deepspeed)}"]
+        lines += [f"# {line}" for line in self.model.model_dump_json(indent=1).splitlines()]
+        return "\n".join(lines) + "\n"
+
+
+def load_run_config(
+    config: str | Path,
+    model_name: str,
+    overrides: list[str],
+    *,
+    device: Device | None = None,
+    root: Path | None = None,
+) -> EffectiveConfig:
+    """Merges the three files and the command line.
+
+    config: path of the YAML file; a bare name is also looked for in `configs/`.
+    model_name: a folder under `checkpoints_in/`, or a path to a model folder.
+    overrides: `key=value` texts, values in YAML.
+    device: resolves `precision`; without it `auto` stays.
+
+    Raises `UserError` for everything that is wrong with any of them.
+    """
+    root = root or Path.cwd()
+    path = find_config(config, root)
+    if path is None:
+        raise UserError(f"config file {config} does not exist (looked in {root} and {root / 'configs'})")
+    given = read_yaml(path)
+    json_path = _deepspeed_path(given.pop("deepspeed_config", None), path, root)
+    json_file = DeepSpeedFile(json_path) if json_path else None
+    history = _merge(path, given, json_file, overrides)
+    notes = list(json_file.notes) if json_file else []
+    if device is not None:
+        _resolve_precision(history["precision"], device, notes)
+    run = validate(RunConfig, {key: settings[-1].value for key, settings in history.items()}, str(path))
+    history = {key: [*s[:-1], Setting(getattr(run, key), s[-1].source)] for key, s in history.items()}
+    model_dir = find_model_dir(model_name, root)
+    effective = EffectiveConfig(
+        run=run,
+        model=load_model_config(model_dir),
+        model_dir=model_dir,
+        config_path=path,
+        deepspeed=json_file.passed_on if json_file else {},
+        fp16={
+            "hysteresis": json_file.hysteresis if json_file else 2,
+            "min_loss_scale": json_file.min_loss_scale if json_file else 1,
+        },
+        history=history,
+        notes=notes,
+    )
+    _cross_check(effective, json_file)
+    return effective
+
+
+def find_model_dir(model_name: str, root: Path) -> Path:
+    """`checkpoints_in/NAME` under `root`, or NAME itself where it is a path to a folder."""
+    inside = root / MODELS / model_name
+    return Path(model_name) if not inside.is_dir() and Path(model_name).is_dir() else inside
+
+
+def _given(settings: list[Setting]) -> list[Setting]:
+    return [setting for setting in settings if setting.source != "default"]
+
+
+def _show(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _deepspeed_path(named: str | None, config: Path, root: Path) -> Path | None:
+    """The file that the YAML names, else deepspeed.json beside it, in `root`, or in `configs/`."""
+    if named is not None:
+        place = next((p for p in (config.parent / named, root / named) if p.is_file()), None)
+        if place is None:
+            raise UserError(f"{config}: deepspeed_config {named} does not exist")
+        return place
+    places = [folder / "deepspeed.json" for folder in (config.parent, root, root / "configs")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _merge(
+    path: Path, given: dict[str, Any], json_file: DeepSpeedFile | None, overrides: list[str]
+) -> dict[str, list[Setting]]:
+    history = {
+        key: [Setting(field.get_default(), "default")] for key, field in RunConfig.model_fields.items()
+    }
+    if json_file:
+        _check_layer({key: value for key, (value, _) in json_file.values.items()}, str(json_file.path))
+        for key, (value, where) in json_file.values.items():
+            history[key].append(Setting(value, f"{json_file.path.name} {where}"))
+    _check_layer(given, str(path))
+    for key, value in given.items():
+        history[key].append(Setting(_split_prefix(key, value), path.name))
+    for text in overrides:
+        key, value = _parse_override(text)
+        _check_layer({key: value}, f"'{text}' on the command line")
+        history[key].append(Setting(_split_prefix(key, value), "command line"))
+    return history
+
+
+def _split_prefix(key: str, value: Any) -> Any:
+    return value.split() if key == "data_prefix" and isinstance(value, str) else value
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{text}' on the command line: overrides have the form key=value")
+    if key not in RunConfig.model_fields:
+        known = nearest(key, list(RunConfig.model_fields))
+        raise UserError(f"'{text}' on the command line: unknown key '{key}'{known}")
+    parsed = value if RunConfig.model_fields[key].annotation is str else parse_yaml(value, f"'{text}'")
+    return key, parsed
+
+
+def _check_layer(values: dict[str, Any], where: str) -> None:
+    """One layer's keys and types, alone, so that the message names the file that is wrong."""
+    for key in values:
+        if key not in RunConfig.model_fields:
+            known = nearest(str(key), list(RunConfig.model_fields))
+            raise UserError(f"{where}: unknown key '{key}'{known}")
+    defaults = {key: field.get_default() for key, field in RunConfig.model_fields.items()}
+    # A small lr in one file alone must not collide with another's min_lr: values are checked here,
+    # their relations after the merge.
+    alone = {key: _split_prefix(key, value) for key, value in values.items() if key != "min_lr"}
+    validate(RunConfig, {**defaults, **alone}, where)
+
+
+def _resolve_precision(settings: list[Setting], device: Device, notes: list[str]) -> None:
+    wanted = settings[-1]
+    if wanted.value == "auto":
+        settings[-1] = Setting(device.precisions[0], f"{wanted.source} (auto on {device.type})")
+    elif wanted.value in {"bf16", "fp16", "fp32"} and wanted.value not in device.precisions:
+        can = ", ".join(device.precisions)
+        if ".enabled" not in wanted.source:
+            raise UserError(
+                f"precision {wanted.value} ({wanted.source}): {device.type} cannot train in it; it can in {can}"
+            )
+        instead = device.precisions[0]
+        notes.append(
+            f"{wanted.source} asks for {wanted.value}, which {device.type} cannot do: {instead} instead"
+        )
+        settings.append(Setting(instead, f"{device.type} has no {wanted.value}"))
+
+
+def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) -> None:
+    run, model = effective.run, effective.model
+    if effective.seq_length > model.max_seq_len:
+        raise UserError(
+            f"seq_length {run.seq_length} ({effective.sources['seq_length']}) is longer than max_seq_len "
+            f"{model.max_seq_len} of {effective.model_dir / 'config.json'}; lower it, or raise max_seq_len there"
+        )
+    if json_file and json_file.train_batch_size is not None:
+        micro = run.batch_size * run.gradient_accumulation_steps
+        if json_file.train_batch_size % micro:
+            raise UserError(
+                f"{json_file.path}: train_batch_size {json_file.train_batch_size} is not a multiple of "
+                f"batch_size x gradient_accumulation_steps = {micro}; leave it out, it follows from them"
+            )
+        effective.notes.append(
+            f"{json_file.path.name}: train_batch_size is not used: it is batch_size x "
+            "gradient_accumulation_steps x devices"
+        )
+    if not (run.save_optim and run.save_rng):
+        left_out = " and ".join(
+            n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
+        )
+        effective.notes.append(f"checkpoints hold no {left_out} state: a resumed run will not be exact")

@@ -1,0 +1,171 @@
+"""The run: every key of the YAML file and of `key=value`, typed, with its meaning beside it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from aquila.config.strict import StrictModel
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RunConfig(StrictModel):
+    """One training run. Keys of the original recipe keep their names; steps are optimizer steps."""
+
+    # Batch and length of the run
+    batch_size: PositiveInt = 1
+    """Samples per device and micro step."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro steps per optimizer step."""
+    epochs: PositiveInt = 1
+    """Passes over the training split."""
+    train_iters: PositiveInt | None = None
+    """Optimizer steps of the whole run; overrides `epochs`."""
+    exit_interval: PositiveInt | None = None
+    """Save and stop with status 75 after every this many steps."""
+
+    # Data
+    data_prefix: list[str | float] = ["indexed_dataset/data/demo_text_document"]
+    """Indexed datasets, without .bin/.idx: paths, or weights and paths in turn."""
+    split: str = "90,10"
+    """Shares of training, validation and (optionally) test documents."""
+    seq_length: PositiveInt | None = None
+    """Tokens a sample; the model's `max_seq_len` when absent."""
+    seed: NonNegativeInt = 2023
+    """Seed of data order and of weights that start from scratch."""
+    document_mask: bool = False
+    """Attention stays within a document when several share a sample."""
+
+    # Optimization
+    lr: PositiveFloat = 2.0e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat | None = None
+    """Learning rate at the end of the decay; a tenth of `lr` when absent."""
+    warm_up: Share = 0.01
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    warm_up_iters: NonNegativeInt | None = None
+    """The same in steps; overrides `warm_up`."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay after the warm-up; wsd: stable, then linear over the last `wsd_decay` share."""
+    lr_decay_iters: PositiveInt | None = None
+    """Step at which `min_lr` is reached; the run's last step when absent."""
+    wsd_decay: Share = 0.1
+    """Share of all steps over which wsd decays."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay (AdamW) of the matrices; norms are exempt."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.95,
+    ]
+    """Adam's two decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    optimizer: str = "auto"
+    """The AdamW implementation; auto takes the device's best."""
+
+    # Numbers and kernels
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of weights and activations; master weights and optimizer state are fp32."""
+    bmt_loss_scale: PositiveFloat = 131072
+    """The dynamic loss scale's first value under fp16."""
+    loss_scale_window: PositiveInt = 1000
+    """Steps without overflow after which the loss scale doubles (fp16)."""
+    attention: Literal["auto", "fused", "triangle", "reference"] = "auto"
+    """Attention kernel; auto: the model's `use_triangle_attn` on NPU, else fused."""
+    ckpoint_layer: Annotated[int, Field(ge=-1)] | None = None
+    """Recompute the first N layers in backward, -1 all, 0 none; the model's own choice when absent."""
+    compile: bool | None = None
+    """`torch.compile` of each block; the device's default when absent."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+
+    # Weights and checkpoints
+    bmt_pre_load: bool = False
+    """Start from the weights in the model folder."""
+    save_interval: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    save_optim: bool = True
+    """Checkpoints hold the optimizer state (needed to resume exactly)."""
+    save_rng: bool = True
+    """Checkpoints hold the random state (needed to resume exactly)."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Keep this many newest checkpoints; 0 keeps all."""
+    resume: str = "auto"
+    """auto: from the experiment's newest checkpoint if there is one; never; or a checkpoint's path."""
+
+    # Evaluation and logs
+    log_interval: PositiveInt = 10
+    """Steps between lines of the console, metrics.jsonl and TensorBoard."""
+    eval_interval: NonNegativeInt = 1000
+    """Steps between evaluations on the validation split; 0 never."""
+    eval_iters: PositiveInt = 20
+    """Micro steps of one evaluation on each device, at most."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    max_bad_steps: PositiveInt = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        parse_split(self.split)
+        parse_blend(self.data_prefix)
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
+        return self
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the decay."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Samples per optimizer step over all devices."""
+        return self.batch_size * self.gradient_accumulation_steps * world_size
+
+
+def parse_split(split: str) -> list[float]:
+    """'90,10' to normalized shares of train, valid, test. Raises `ValueError` for anything else."""
+    try:
+        shares = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError:
+        raise ValueError(f"split '{split}': give shares of train, valid[, test], such as '90,10'") from None
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
+        raise ValueError(f"split '{split}': give one to three shares, the first above 0, such as '90,10'")
+    shares += [0.0] * (3 - len(shares))
+    return [share / sum(shares) for share in shares]
+
+
+def parse_blend(data_prefix: list[str | float]) -> tuple[list[str], list[float] | None]:
+    """Paths, or weights and paths in turn, to (paths, weights or None). Raises `ValueError`."""
+    if not data_prefix:
+        raise ValueError("data_prefix is empty: name at least one indexed dataset")
+    weights = [_weight(item) for item in data_prefix]
+    if all(weight is None for weight in weights):
+        return [str(path) for path in data_prefix], None
+    in_turn = len(data_prefix) % 2 == 0 and all(
+        (w is not None) == (i % 2 == 0) for i, w in enumerate(weights)
+    )
+    if not in_turn:
+        raise ValueError("data_prefix: give paths only, or a weight before every path: [0.7, a, 0.3, b]")
+    chosen = [weight for weight in weights if weight is not None]
+    if min(chosen) <= 0:
+        raise ValueError("data_prefix: weights must be above 0; leave out what is not wanted")
+    return [str(path) for path in data_prefix[1::2]], chosen
+
+
+def _weight(item: str | float) -> float | None:
+    try:
+        return float(item)
+    except ValueError:
+        return None
+
+
+def find_config(name: str | Path, root: Path) -> Path | None:
+    """The YAML file meant by `name`: as given, else in `root`, else in `root/configs`."""
+    places = [Path(name), root / name, root / "configs" / name]
+    return next((place for place in places if place.is_file()), None)
