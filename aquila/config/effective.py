@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
 from aquila.config.deepspeed import DeepSpeedFile
 from aquila.config.model import ModelConfig, load_model_config
 from aquila.config.run import RunConfig, find_config
@@ -213,7 +214,7 @@ def _resolve_precision(settings: list[Setting], device: Device, notes: list[str]
         can = ", ".join(device.precisions)
         if ".enabled" not in wanted.source:
             raise UserError(
-                f"precision {wanted.value} ({wanted.source}): {device.type} cannot train in it; it can in {can}"
+                f"precision {wanted.value} ({wanted.source}): {device.type} cannot train in it, only in {can}"
             )
         instead = device.precisions[0]
         notes.append(
@@ -226,8 +227,8 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
     run, model = effective.run, effective.model
     if effective.seq_length > model.max_seq_len:
         raise UserError(
-            f"seq_length {run.seq_length} ({effective.sources['seq_length']}) is longer than max_seq_len "
-            f"{model.max_seq_len} of {effective.model_dir / 'config.json'}; lower it, or raise max_seq_len there"
+            f"seq_length {run.seq_length} ({effective.sources['seq_length']}) is longer than the model's "
+            f"max_seq_len {model.max_seq_len}; lower it, or change {effective.model_dir / 'config.json'}"
         )
     if json_file and json_file.train_batch_size is not None:
         micro = run.batch_size * run.gradient_accumulation_steps

@@ -28,7 +28,7 @@ class RunConfig(StrictModel):
     """Save and stop with status 75 after every this many steps."""
 
     # Data
-    data_prefix: list[str | float] = ["indexed_dataset/data/demo_text_document"]
+    data_prefix: list[str | float] = Field(["indexed_dataset/data/demo_text_document"])
     """Indexed datasets, without .bin/.idx: paths, or weights and paths in turn."""
     split: str = "90,10"
     """Shares of training, validation and (optionally) test documents."""
@@ -56,10 +56,7 @@ class RunConfig(StrictModel):
     """Share of all steps over which wsd decays."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay (AdamW) of the matrices; norms are exempt."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
-        0.9,
-        0.95,
-    ]
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
     """Adam's two decay rates."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""

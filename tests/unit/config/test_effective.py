@@ -1,0 +1,192 @@
+"""One precedence rule, strict keys, and a table that says what overrode what."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aquila.config import Device, RunConfig, load_run_config, parse_blend, parse_split
+from aquila.errors import UserError
+
+CPU = Device("cpu", ("bf16", "fp32"))
+RECIPE = {
+    "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 600, "lr": 3.0e-4, "warm_up": 0.01,
+    "save_interval": 1000, "log_interval": 1, "bmt_loss_scale": 131072, "save_optim": True, "save_rng": True,
+    "eps": 1.0e-8, "bmt_pre_load": True,
+}  # fmt: skip
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 64,
+    "gradient_accumulation_steps": 1,
+    "steps_per_print": 100,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 10e7, "cpu_offload": False},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2000}},
+    "fp16": {
+        "enabled": True,
+        "loss_scale": 8192,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "optimizer": {
+        "type": "Adam",
+        "params": {"lr": 1e-5, "weight_decay": 0.1, "betas": [0.9, 0.98], "eps": 1e-6},
+    },
+    "activation_checkpointing": {"partition_activations": True},
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project root with a model folder and the original's two files."""
+    model = tmp_path / "checkpoints_in" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(
+        json.dumps({"dim": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128})
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+    return tmp_path
+
+
+def load(project: Path, *overrides: str, device: Device | None = CPU):
+    return load_run_config(project / "run.yaml", "tiny", list(overrides), device=device, root=project)
+
+
+def rewrite(project: Path, name: str, **changes) -> None:
+    path = project / name
+    read, write = (json.loads, json.dumps) if name.endswith("json") else (yaml.safe_load, yaml.safe_dump)
+    path.write_text(write(read(path.read_text()) | changes))
+
+
+def test_the_later_source_wins(project: Path) -> None:
+    effective = load(project, "batch_size=7", "betas=[0.8, 0.9]")
+    run = effective.run
+    assert run.batch_size == 7  # command line over YAML's 2 over JSON's 64
+    assert run.lr == 3e-4  # YAML over JSON's 1e-5
+    assert run.eps == 1e-8
+    assert run.log_interval == 1  # YAML over JSON's steps_per_print
+    assert run.weight_decay == 0.1  # JSON over the default
+    assert run.betas == [0.8, 0.9]
+    assert run.seed == RunConfig.model_fields["seed"].default
+    assert effective.sources["batch_size"] == "command line"
+    assert effective.sources["lr"] == "run.yaml"
+    assert effective.sources["weight_decay"] == "deepspeed.json optimizer.params.weight_decay"
+    assert effective.sources["seed"] == "default"
+
+
+def test_the_table_says_what_lost(project: Path) -> None:
+    lines = load(project, "batch_size=7").table().splitlines()
+    row = next(line for line in lines if line.startswith("batch_size "))
+    assert "64 (deepspeed.json train_micro_batch_size_per_gpu)" in row
+    assert "2 (run.yaml)" in row
+    assert "scheduler" in "\n".join(lines)
+    agreed = next(line for line in lines if line.startswith("gradient_accumulation_steps "))
+    assert "deepspeed" not in agreed  # both say 1: nothing was overridden
+
+
+def test_fp16_of_the_json_becomes_bf16_on_a_device_without_it(project: Path) -> None:
+    effective = load(project)
+    assert effective.run.precision == "bf16"
+    assert "bf16 instead" in effective.table()
+    on_gpu = load(project, device=Device("gpu", ("bf16", "fp16", "fp32")))
+    assert on_gpu.run.precision == "fp16"
+    assert on_gpu.run.bmt_loss_scale == 131072
+
+
+@pytest.mark.parametrize("where", ["yaml", "command line"])
+def test_fp16_said_outright_is_an_error_there(project: Path, where: str) -> None:
+    if where == "yaml":
+        rewrite(project, "run.yaml", precision="fp16")
+    with pytest.raises(UserError, match="precision fp16"):
+        load(project, *(["precision=fp16"] if where == "command line" else []))
+
+
+def test_precision_auto_takes_the_best_of_the_device(project: Path) -> None:
+    (project / "deepspeed.json").unlink()
+    assert load(project).run.precision == "bf16"
+    assert load(project, device=Device("old", ("fp16", "fp32"))).run.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", "did you mean 'epochs'?"),
+        ("lr=fast", "lr: input should be a valid number"),
+        ("lr", "key=value"),
+        ("batch_size=True", "batch_size"),
+        ("batch_size=0", "batch_size"),
+        ("betas=[0.9]", "betas"),
+        ("min_lr=1", "min_lr 1 is larger than lr"),
+        ("split=many", "split 'many'"),
+        ("seq_length=129", "max_seq_len 128"),
+        ("lr=.inf", "not a finite number"),
+        ("data_prefix=[a, 0.5, b]", "weight before every path"),
+        ("attention=flash", "attention"),
+    ],
+)
+def test_wrong_overrides(project: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(project, override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("run.yaml", {"warmup": 0.1}, "unknown key 'warmup'; did you mean 'warm_up'?"),
+        ("run.yaml", {"save_optim": "yes please"}, "save_optim"),
+        ("deepspeed.json", {"gradient_cliping": 1}, "did you mean 'gradient_clipping'?"),
+        ("deepspeed.json", {"zero_optimization": {"stge": 2}}, "zero_optimization.stge"),
+        ("deepspeed.json", {"optimizer": {"type": "Lamb"}}, "Lamb"),
+        ("deepspeed.json", {"bf16": {"enabled": True}}, "both true"),
+        ("deepspeed.json", {"train_batch_size": 33}, "train_batch_size"),
+    ],
+)
+def test_wrong_files(project: Path, name: str, changes: dict, message: str) -> None:
+    rewrite(project, name, **changes)
+    with pytest.raises(UserError) as error:
+        load(project)
+    assert message in str(error.value)
+    assert name in str(error.value)
+
+
+def test_yaml_with_a_key_twice_names_both_lines(project: Path) -> None:
+    (project / "run.yaml").write_text("lr: 1e-4\nseed: 1\nlr: 2e-4\n")
+    with pytest.raises(UserError, match=r"line 3: key 'lr'.*line 1"):
+        load(project)
+
+
+def test_the_effective_yaml_gives_the_same_run_again(project: Path) -> None:
+    effective = load(project, "betas=[0.8, 0.99]", "data_prefix=0.3 a 0.7 b", "lr=1e-3")
+    (project / "again.yaml").write_text(effective.to_yaml())
+    again = load_run_config(project / "again.yaml", "tiny", [], device=CPU, root=project)
+    assert again.run == effective.run
+
+
+def test_config_is_found_by_its_bare_name(project: Path) -> None:
+    (project / "configs").mkdir()
+    (project / "run.yaml").rename(project / "configs" / "run.yaml")
+    assert load_run_config("run.yaml", "tiny", [], device=CPU, root=project).run.batch_size == 2
+    with pytest.raises(UserError, match=r"other\.yaml does not exist"):
+        load_run_config("other.yaml", "tiny", [], device=CPU, root=project)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=3))
+def test_split_shares_sum_to_one(shares: list[float]) -> None:
+    parsed = parse_split(",".join(map(str, shares)))
+    assert len(parsed) == 3
+    assert sum(parsed) == pytest.approx(1)
+    assert parsed[0] == pytest.approx(shares[0] / sum(shares))
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.from_regex(r"[a-z]+/[a-z_]+", fullmatch=True)), min_size=1)
+)
+def test_blend_round_trips(pairs: list[tuple[float, str]]) -> None:
+    flat = [item for pair in pairs for item in pair]
+    assert parse_blend(flat) == ([path for _, path in pairs], [weight for weight, _ in pairs])
+    assert parse_blend([path for _, path in pairs]) == ([path for _, path in pairs], None)
