@@ -76,9 +76,13 @@ class RunConfig(StrictModel):
     """Attention kernel; auto: the model's `use_triangle_attn` on NPU, else fused."""
     ckpoint_layer: Annotated[int, Field(ge=-1)] | None = None
     """Recompute the first N layers in backward, -1 all, 0 none; the model's own choice when absent."""
+    recompute: Literal["full", "selective"] = "full"
+    """What those layers recompute: all of the layer, or all but attention."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
 
     # Weights and checkpoints

@@ -1,0 +1,1 @@
+"""From built objects to a finished run: engine, loop, schedule, checkpoints, metrics."""

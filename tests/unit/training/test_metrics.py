@@ -1,0 +1,83 @@
+"""The run's own records: valid JSON with every promised key, continued without repeats after a resume."""
+
+import json
+from pathlib import Path
+
+from aquila.training.metrics import RunLog, StepTimer, forget_after, read_metrics
+from aquila.training.plot import smooth
+from aquila.training.state import TrainState
+
+KEYS = [
+    "step", "loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second",
+    "tokens_per_second_per_device", "mfu", "step_seconds", "memory_gib", "consumed_samples",
+    "consumed_tokens", "epoch",
+]  # fmt: skip
+
+
+def open_log(folder: Path, resumed_step: int = 0) -> RunLog:
+    return RunLog(
+        folder, total_steps=10, tokens_per_step=1000, world_size=2, flops_per_token=2e6, peak_flops=1e9,
+        resumed_step=resumed_step, tensorboard=False,
+    )  # fmt: skip
+
+
+def write(log: RunLog, step: int, loss: float = 2.5) -> None:
+    log.step(
+        TrainState(step, step * 4, step * 1000), loss=loss, learning_rate=1e-3, grad_norm=1.0, loss_scale=1.0,
+        step_seconds=0.5, memory_gib=1.0, epoch=0,
+    )  # fmt: skip
+
+
+def test_a_record_has_the_promised_keys_and_right_rates(tmp_path: Path, capsys) -> None:
+    log = open_log(tmp_path)
+    write(log, 3)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(record) == KEYS
+    assert record["tokens_per_second"] == 2000
+    assert record["tokens_per_second_per_device"] == 1000
+    assert record["mfu"] == 2.0  # 1000 tokens/s x 2e6 FLOPs / 1e9 FLOP/s
+    assert "step  3/10 | loss 2.5000" in capsys.readouterr().out
+
+
+def test_nan_is_written_as_valid_json(tmp_path: Path) -> None:
+    write(open_log(tmp_path), 1, loss=float("nan"))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: 1 / 0)["loss"] is None
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        write(log, step)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a crash in the middle of a line
+    again = open_log(tmp_path, resumed_step=3)
+    write(again, 4, loss=1.0)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["loss"] == 1.0
+
+
+def test_forget_after_leaves_a_whole_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    before = path.stat().st_ino
+    forget_after(path, 1)
+    assert path.stat().st_ino == before
+
+
+def test_the_first_step_does_not_count_where_others_do() -> None:
+    timer = StepTimer()
+    timer._started = 0
+    for _ in range(3):
+        timer.start()
+        timer.stop()
+    timer._first = 1000.0
+    assert timer.take() < 1
+    assert timer.take() == 1000.0  # nothing since: only the first is known
+
+
+def test_smoothing_keeps_the_level_and_passes_over_gaps() -> None:
+    assert smooth([2.0] * 200)[-1] == 2.0
+    assert smooth([2.0, float("nan"), 2.0])[-1] == 2.0
