@@ -51,8 +51,8 @@ def make_schedule(run: RunConfig, samples_per_epoch: int, world_size: int) -> Sc
     if total == 0:
         raise UserError(
             f"the training split gives {samples} samples in {run.epochs} epochs, fewer than one global batch "
-            f"of {batch} (batch_size x gradient_accumulation_steps x {world_size} devices); lower one of them, "
-            "raise epochs, or use a larger corpus"
+            f"of {batch} (batch_size x gradient_accumulation_steps x {world_size} devices); lower one of "
+            "them, raise epochs, or use a larger corpus"
         )
     warmup = run.warm_up_iters if run.warm_up_iters is not None else math.ceil(run.warm_up * total)
     return Schedule(

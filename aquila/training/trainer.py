@@ -123,9 +123,9 @@ class Trainer:
             f"ranks with a non-finite loss: {bad}" if bad else "every loss was finite, a gradient was not"
         )
         self._say(
-            f"error: loss or gradient was not finite in {self.state.bad_steps} steps in a row, the last of them "
-            f"step {self.state.step} ({culprits}). The newest checkpoint is from before. Lower lr, look at the "
-            f"data of these steps, or try precision fp32; max_bad_steps says how many are tolerated."
+            f"error: loss or gradient was not finite in {self.state.bad_steps} steps in a row, up to step "
+            f"{self.state.step} ({culprits}). The newest checkpoint is from before. Lower lr, look at the "
+            "data of these steps, or try precision fp32; max_bad_steps says how many are tolerated."
         )
         return EXIT_FAILURE
 

@@ -1,0 +1,135 @@
+"""The house of four floors: imports point only downward, never between wings, never past a door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FLOORS = {
+    "aquila.errors": 0,
+    "aquila.config": 0,
+    "aquila.tokenizer": 0,
+    "aquila.backend": 0,
+    "aquila.model": 1,
+    "aquila.data": 1,
+    "aquila.training": 2,
+    "aquila.generation": 2,
+    "aquila.launch": 2,
+    "aquila.pretrain": 3,
+    "aquila.evaluate": 3,
+    "aquila.convert": 3,
+    "aquila.preflight": 3,
+    "aquila.plan": 3,
+    "aquila.report": 3,
+    "data_tools": 3,
+    "generate": 3,
+}
+EVERYONES = {"aquila.errors", "aquila.config"}
+"""Rooms of the ground floor that any room may use."""
+DOORS = {
+    "deepspeed": {"aquila/training/engine.py"},
+    "megatron": {"aquila/data/indexed.py"},
+}
+"""A library -> the only files that may import it."""
+NO_TORCH = ("aquila/errors.py", "aquila/config/", "aquila/tokenizer.py", "aquila/launch/")
+TORCH = {"torch", "deepspeed", "megatron", "transformers"}
+
+
+def room_of(module: str) -> str | None:
+    """The room that a dotted module name lies in; None for what is not ours."""
+    parts = module.split(".")
+    if parts[0] != "aquila":
+        return parts[0] if parts[0] in FLOORS else None
+    return ".".join(parts[:2]) if len(parts) > 1 else None
+
+
+def imports_of(source: str, package: str) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import in `source`, in functions and under `if` too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base]).rstrip(".")
+            # `from aquila import model` names the room in what is imported.
+            found += [(node.lineno, f"{base}.{a.name}" if base == "aquila" else base) for a in node.names]
+    return found
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """One line for each import in `sources` (path -> text) that breaks a rule."""
+    problems = []
+    for path, source in sources.items():
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        here = room_of(module)
+        package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+        for line, imported in imports_of(source, package):
+            where = f"{path}:{line} imports {imported}"
+            library = imported.split(".")[0]
+            if library in DOORS and path not in DOORS[library]:
+                problems.append(f"{where}, which only {', '.join(DOORS[library])} may")
+            if library in TORCH and path.startswith(NO_TORCH):
+                problems.append(f"{where}; this room works without torch")
+            there = room_of(imported)
+            if here is None or there is None or there == here or there in EVERYONES:
+                continue
+            if there not in FLOORS:
+                problems.append(f"{where}, which has no floor in this test")
+            elif FLOORS[there] > FLOORS[here]:
+                problems.append(f"{where}, which is a floor above")
+            elif FLOORS[there] == FLOORS[here] and FLOORS[here] < 3:
+                problems.append(f"{where}, which is beside it on floor {FLOORS[here]}")
+    return problems
+
+
+def sources_of(root: Path) -> dict[str, str]:
+    files = [*(root / "aquila").rglob("*.py"), *(root / "data_tools").rglob("*.py"), root / "generate.py"]
+    return {str(f.relative_to(root)): f.read_text(encoding="utf-8") for f in files if f.is_file()}
+
+
+def test_imports_point_downward(root: Path) -> None:
+    sources = sources_of(root)
+    assert len(sources) > 20
+    assert violations(sources) == []
+
+
+def test_every_room_has_a_floor(root: Path) -> None:
+    rooms = {room_of(path.removesuffix(".py").replace("/", ".")) for path in sources_of(root)} - {None}
+    assert rooms - {"aquila.__init__"} <= set(FLOORS)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("aquila/model/aquila.py", "from aquila.training.engine import Engine", "a floor above"),
+        ("aquila/model/aquila.py", "from ..training import engine", "a floor above"),
+        ("aquila/model/aquila.py", "def f():\n    import aquila.generation", "a floor above"),
+        ("aquila/model/aquila.py", "from aquila import training", "a floor above"),
+        ("aquila/model/loss.py", "from aquila.data.sampler import micro_batch_indices", "beside it"),
+        ("aquila/training/trainer.py", "import aquila.launch.hostfile", "beside it"),
+        ("aquila/backend/cpu.py", "import aquila.model", "a floor above"),
+        ("aquila/training/trainer.py", "import deepspeed", "only aquila/training/engine.py"),
+        ("aquila/data/sampler.py", "from megatron.core import datasets", "only aquila/data/indexed.py"),
+        ("aquila/launch/nodes.py", "import torch", "without torch"),
+        ("aquila/config/run.py", "from torch import nn", "without torch"),
+        ("aquila/model/aquila.py", "import aquila.unheard_of", "no floor"),
+    ],
+)
+def test_each_rule_is_kept(root: Path, path: str, source: str, message: str) -> None:
+    """The real sources with one import turned the wrong way fail."""
+    turned = sources_of(root) | {path: source}
+    found = violations(turned)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_what_the_rules_allow(root: Path) -> None:
+    allowed = {
+        "aquila/training/engine.py": "import deepspeed\nfrom aquila.model import AquilaModel",
+        "aquila/backend/cpu.py": "from aquila.errors import UserError\nfrom aquila.backend import reference",
+        "aquila/pretrain.py": "from aquila.training.engine import Engine\nimport aquila.data.indexed",
+    }
+    assert violations(allowed) == []
