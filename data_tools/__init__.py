@@ -1,0 +1,1 @@
+"""Corpora and indexed datasets: commands, each with `--help`."""

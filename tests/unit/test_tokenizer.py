@@ -1,0 +1,227 @@
+"""Ids are the original's, both engines agree on them, and decoding never breaks a character."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aquila import tokenizer as module
+from aquila.errors import UserError
+from aquila.tokenizer import BytePairTokenizer, load_tokenizer
+
+TINY = "checkpoints_in/aquila-tiny"
+
+
+@pytest.fixture(scope="module")
+def aquila(shared_dir):
+    return load_tokenizer(shared_dir / "data/aquila-tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tiny(root):
+    return load_tokenizer(root / TINY)
+
+
+@pytest.fixture(scope="module")
+def any_tokenizer(root):
+    """The real vocabulary where it is at hand, else ours."""
+    real = root.parent / "shared/data/aquila-tokenizer"
+    return load_tokenizer(real if real.is_dir() else root / TINY)
+
+
+def test_golden_ids(aquila, shared_dir):
+    for case in json.loads((shared_dir / "data/golden/tokenizer.json").read_text()):
+        assert aquila.encode(case["text"]) == case["ids"]
+        assert aquila.decode(case["ids"]) == case["text"]
+
+
+def test_special_ids_of_aquila(aquila):
+    assert aquila.vocab_size == 100008
+    assert (aquila.bos_id, aquila.eos_id, aquila.pad_id) == (100006, 100007, 0)
+    assert aquila.special_tokens["<|startofpiece|>"] == 100000
+    assert aquila.special_tokens["[sMASK]"] == 100005
+
+
+def test_special_ids_follow_the_last_id(tiny, root):
+    last = max(json.loads((root / TINY / "vocab.json").read_text(encoding="utf-8")).values())
+    assert list(tiny.special_tokens.values())[1:] == list(range(last + 1, last + 9))
+    assert tiny.vocab_size == last + 9
+
+
+def test_corpus_text_never_becomes_a_special_token(tiny):
+    for name in tiny.special_tokens:
+        ids = tiny.encode(f"a{name}b")
+        assert not set(ids) & set(tiny.special_tokens.values())
+        assert tiny.decode(ids) == f"a{name}b"
+    allowed = tiny.encode("[CLS]hi</s>", allow_special=True)
+    assert allowed == [tiny.bos_id, *tiny.encode("hi"), tiny.eos_id]
+
+
+def test_both_engines_agree_on_real_text(aquila, shared_dir):
+    assert aquila.is_fast
+    text = (shared_dir / "data/corpus/aquila-demo.jsonl").read_text(encoding="utf-8")
+    assert aquila.encode(text) == aquila.definition.encode(text).ids
+
+
+WILD = st.one_of(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"])),
+    st.text(
+        alphabet=" \t\n\r'sdmtlver019aZ_-.,;()[]{}<>/|中文字日本語한국어éÀ\u0301\u200d🙂👍🏽\u00a0\u3000\u0085"
+    ),
+    st.sampled_from(
+        ["def f(x):\n\treturn x  # ok", "I'll we've '''", "\u1100\u1161\u11a8", "e\u0301\u0327", "🏳️‍🌈"]
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(WILD, max_size=4).map("".join))
+def test_both_engines_agree_on_any_text(any_tokenizer, text):
+    tokenizer = any_tokenizer
+    assert tokenizer.is_fast
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.definition.encode(text).ids
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("pattern", [r"\p{L}", r"\p{N}", r"\s"])
+def test_both_engines_class_every_character_alike(pattern):
+    """The pattern's only Unicode-dependent parts, over every code point."""
+    import tiktoken
+    from tokenizers import Regex, pre_tokenizers
+
+    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF)
+    single_bytes = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding(
+        "c", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={"<|never|>": 256}
+    )
+    fast = bytes(encoding.encode_ordinary(every)).decode()
+    removed = pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(every)
+    assert set(fast) == set(every) - set("".join(piece for piece, _ in removed))
+
+
+def test_long_text_is_cut_without_changing_ids(tiny, monkeypatch):
+    text = "I'm here. It's  two\n\n 3 things, don't x1y2 一二三。四五，六 'll a_b " * 40
+    whole = tiny.definition.encode(text).ids
+    for size in (1, 2, 3, 7, 50):
+        monkeypatch.setattr(module, "_LONG", size)
+        assert len(module._pieces(text)) > 3
+        assert tiny.encode(text) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(WILD, st.integers(1, 5))
+def test_any_text_is_cut_without_changing_ids(any_tokenizer, text, size):
+    tokenizer = any_tokenizer
+    before, module._LONG = module._LONG, size
+    try:
+        assert tokenizer.encode(text) == tokenizer.definition.encode(text).ids
+    finally:
+        module._LONG = before
+
+
+def test_lone_surrogate_is_refused(tiny, root):
+    for tokenizer in (tiny, BytePairTokenizer(root / TINY, fast=False)):
+        with pytest.raises(UserError, match=r"character 2 is U\+D83D"):
+            tokenizer.encode("ab\ud83d")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_stream_gives_whole_characters(tiny, skip):
+    text = "日本 🙂 é 中"
+    ids = [tiny.bos_id, *tiny.encode(text), tiny.eos_id]
+    stream = tiny.decode_stream(skip)
+    pushed = [stream.push(i) for i in ids]
+    assert "\ufffd" not in "".join(pushed)
+    assert (
+        "".join(pushed) + stream.flush() == tiny.decode(ids, skip) == (text if skip else f"[CLS]{text}</s>")
+    )
+
+
+def test_unfinished_character_is_flushed(tiny):
+    stream = tiny.decode_stream()
+    ids = [i for i in tiny.encode("𝔘") if i]
+    assert [stream.push(i) for i in ids[:-1]] == [""] * (len(ids) - 1)
+    assert stream.flush() == "\ufffd"
+
+
+def test_id_outside_the_vocabulary(tiny):
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        tiny.decode([tiny.vocab_size])
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        tiny.decode([-1])
+
+
+def _copy(root, tmp_path):
+    return shutil.copytree(root / TINY, tmp_path / "copy")
+
+
+def test_fingerprint_follows_content_not_formatting(tiny, root, tmp_path):
+    folder = _copy(root, tmp_path)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps(dict(sorted(vocab.items())), indent=1))
+    assert load_tokenizer(folder).fingerprint == tiny.fingerprint
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges[1], merges[2] = merges[2], merges[1]
+    (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    assert load_tokenizer(folder).fingerprint != tiny.fingerprint
+
+
+def _write_bpe(folder, merges, order=None):
+    folder.mkdir()
+    tokens = ["<|endoftext|>", *module._byte_letters(), *dict.fromkeys(a + b for a, b in merges)]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(order or tokens)}))
+    (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges))
+    return folder
+
+
+def test_vocabulary_that_tiktoken_would_encode_otherwise_falls_back(tmp_path):
+    """Here 'bc' is joined before 'ab', so 'abc' = ab + c is never made; tiktoken would make it of a + bc."""
+    odd = load_tokenizer(_write_bpe(tmp_path / "odd", [("b", "c"), ("a", "b"), ("ab", "c")]))
+    assert not odd.is_fast
+    assert odd.encode("abc") == odd.definition.encode("abc").ids
+    assert [odd.token_bytes(i) for i in odd.encode("abc")] == [b"a", b"bc"]
+    twice = load_tokenizer(_write_bpe(tmp_path / "two", [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]))
+    assert not twice.is_fast
+    even = load_tokenizer(_write_bpe(tmp_path / "even", [("a", "b"), ("ab", "c")]))
+    assert even.is_fast
+    assert [even.token_bytes(i) for i in even.encode("abcbc")] == [b"abc", b"b", b"c"]
+
+
+def test_special_tokens_that_the_vocabulary_already_has_keep_their_ids(tmp_path):
+    tokens = ["<|endoftext|>", *module._byte_letters(), *module.SPECIAL_TOKENS]
+    own = load_tokenizer(_write_bpe(tmp_path / "own", [], tokens))
+    assert own.vocab_size == len(tokens)
+    assert own.bos_id == tokens.index("[CLS]")
+    assert own.bos_id not in own.encode("[CLS]")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", "{", "cannot be read as JSON"),
+        ("vocab.json", '{"a": 0, "b": 0}', "share an id"),
+        ("vocab.json", '{"a": "x"}', "whole number"),
+        ("merges.txt", "#version\na b c\n", "line 2"),
+        ("merges.txt", None, "does not exist"),
+        ("special_tokens_map.json", '{"cls_token": "[BOS]"}', "is no special token"),
+    ],
+)
+def test_broken_files_are_named(root, tmp_path, name, content, message):
+    folder = _copy(root, tmp_path)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        load_tokenizer(folder)
+    assert name in str(raised.value)
+
+
+def test_missing_folder_and_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
