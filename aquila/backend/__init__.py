@@ -1,0 +1,55 @@
+"""The devices: the only place with device names, and one module a device behind one signature.
+
+`reference` is the definition, in plain torch; `cpu`, `cuda` and `npu` equal it with the best that their
+device has. Every module offers:
+
+- `attention(q, k, v, *, kind, documents, start, block)`, `rms_norm(x, weight, eps)`,
+  `rotary(x, cos, sin)`, `swiglu(gate, up)`, `cross_entropy_(logits, labels, scale, z_loss, gradient)`;
+- `attention_kind(asked, triangle)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
+  selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement;
+- `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;
+- `COMMUNICATION`, `device_count()`, `set_device(local_rank)`, `device_name()`, `supported_precisions()`,
+  `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`, `kernels()` (what runs here, for people).
+
+Legend of shapes: B batch, S query positions, T key positions (T = start + S), H query heads, K key and
+value heads (H a multiple of K), D head size, N tokens of a chunk, V vocabulary.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from aquila.backend.reference import ATTENTION_KINDS
+
+__all__ = ["ATTENTION_KINDS", "DEVICE_TYPES", "detect", "get_backend"]
+
+_MODULES = {
+    "reference": "aquila.backend.reference",
+    "cpu": "aquila.backend.cpu",
+    "cuda": "aquila.backend.cuda",
+    "npu": "aquila.backend.npu",
+}
+# Devices without memory of their own follow the definition: shapes alone are asked of them.
+_MODULES["meta"] = _MODULES["reference"]
+
+DEVICE_TYPES = ("cpu", "cuda", "npu")
+
+
+def get_backend(device_type: str) -> ModuleType:
+    """The module of a device type (`torch.device.type`, or "reference").
+
+    Raises `ValueError` for a device that has no backend here.
+    """
+    if device_type not in _MODULES:
+        raise ValueError(f"no backend for device '{device_type}'; there are: {', '.join(_MODULES)}")
+    return importlib.import_module(_MODULES[device_type])
+
+
+def detect() -> str:
+    """The best device type that this machine really has: "cuda", "npu" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    from aquila.backend import npu
+
+    return "npu" if npu.device_count() else "cpu"

@@ -1,0 +1,84 @@
+"""What several devices share: torch's fused attention, attention products in the input's dtype, AdamW."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquila.backend import reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    documents: Tensor | None,
+    start: int,
+    block: int,
+    fused: Callable,
+    triangle_block: Callable,
+) -> Tensor:
+    """`reference.attention` with a device's own `fused` kernel and `triangle_block`."""
+    reference.check_attention(q, k, v, kind, documents, start)
+    if kind == "fused":
+        return fused(q, k, v, documents=documents, start=start)
+    if kind == "triangle":
+        return reference.triangle_attention(
+            q, k, v, documents=documents, start=start, block=block, attend=triangle_block
+        )
+    return reference.plain_attention(q, k, v, documents=documents, start=start)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
+    """torch's fused attention; a mask is built only where "causal" alone does not say it."""
+    queries = q.shape[1]
+    mask = None
+    if documents is not None or (start > 0 and queries > 1):
+        mask = reference.visible(queries, start, documents, q.device)[:, None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and queries > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+# Products in the input's dtype, as matrix units want them; the softmax between them in fp32.
+narrow_attention = partial(reference.plain_attention, inner=_same)
+
+
+def fused_or_same(asked: str, triangle: bool) -> str:
+    """Where the fused kernel computes what the triangle does in less memory, "auto" is fused in any case."""
+    return "fused" if asked == "auto" else asked
+
+
+def torch_adamw(
+    params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """torch's AdamW as one fused kernel."""
+    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def find(module: str, name: str):
+    """An optional attribute of an optional package, or None: `find("apex.optimizers", "FusedAdam")`."""
+    try:
+        return getattr(import_module(module), name, None)
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def refuse_optimizer(kind: str, known: tuple[str, ...]) -> ValueError:
+    """The error for an optimizer that this device does not build."""
+    return ValueError(f"optimizer '{kind}' is not built on this device; there are: {', '.join(known)}")

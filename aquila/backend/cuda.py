@@ -1,0 +1,175 @@
+"""NVIDIA GPU: torch's fused attention and norms, the loss as one compiled kernel.
+
+Written against torch's documented interfaces. The functions that do arithmetic are tested on CPU tensors;
+nothing in this file has run on a GPU yet.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquila.backend import common, reference
+from aquila.backend.reference import TRIANGLE_BLOCK, rotary, swiglu
+
+__all__ = ["rotary", "swiglu"]
+
+COMMUNICATION = "nccl"
+COMPILE_BLOCKS = True
+SAVED_IN_SELECTIVE = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+OPTIMIZERS = ("torch", "apex", "deepspeed")
+
+# Dense peak in TFLOP/s by the vendor's data sheets: (fp16 and bf16, fp32). The longest name that fits wins.
+_PEAKS = {
+    "V100": (125, 15.7),  # fp16 only
+    "A10": (125, 31.2),
+    "A30": (165, 10.3),
+    "A100": (312, 19.5),
+    "A800": (312, 19.5),
+    "L40S": (362, 91.6),
+    "RTX 4090": (165, 82.6),
+    "H20": (148, 44),
+    "H100 PCIe": (756, 51),
+    "H100": (989, 67),
+    "H800": (989, 67),
+    "H200": (989, 67),
+    "GH200": (989, 67),
+    "B200": (2250, 75),
+}
+
+attention_kind = common.fused_or_same
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    documents: Tensor | None = None,
+    start: int = 0,
+    block: int = TRIANGLE_BLOCK,
+) -> Tensor:
+    """As `reference.attention`; "fused" is torch's flash, cuDNN or memory-efficient kernel."""
+    return common.attention(
+        q,
+        k,
+        v,
+        kind=kind,
+        documents=documents,
+        start=start,
+        block=block,
+        fused=common.sdpa,
+        triangle_block=common.narrow_attention,
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`, in one kernel; it rounds once where the definition rounds twice."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
+) -> Tensor:
+    """As `reference.cross_entropy_`, compiled: one pass over the logits for the sum, one for the gradient."""
+    return _compiled_loss()(logits, labels, scale, z_loss, gradient)
+
+
+@lru_cache(maxsize=1)
+def _compiled_loss() -> Callable:
+    if not torch.cuda.is_available() or common.find("triton", "jit") is None:
+        return reference.cross_entropy_
+    return torch.compile(reference.cross_entropy_, dynamic=False)
+
+
+def optimizer_kind(asked: str = "auto") -> str:
+    """torch's fused AdamW: apex's and DeepSpeed's are used when asked for."""
+    return "torch" if asked == "auto" else asked
+
+
+def optimizer(
+    kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW. Raises `ValueError` for a kind that cannot be built here; "deepspeed" is the engine's.
+
+    apex means NVIDIA's, built from source: the package of that name on the registry is another project.
+    """
+    kind = optimizer_kind(kind)
+    if kind == "torch":
+        return common.torch_adamw(params, lr, betas, eps, weight_decay)
+    fused_adam = common.find("apex.optimizers", "FusedAdam") if kind == "apex" else None
+    if fused_adam is None:
+        raise common.refuse_optimizer(kind, optimizers_here())
+    return fused_adam(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
+
+
+def optimizers_here() -> tuple[str, ...]:
+    """The optimizers that this machine's packages really offer."""
+    has_apex = common.find("apex.optimizers", "FusedAdam") is not None
+    return tuple(kind for kind in OPTIMIZERS if kind != "apex" or has_apex)
+
+
+def device_count() -> int:
+    """GPUs that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def set_device(local_rank: int) -> torch.device:
+    """Makes the rank's GPU the current one. Raises `ValueError` when there are fewer."""
+    if local_rank >= device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU: {device_count()} are visible")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def device_name() -> str:
+    """The GPU as its vendor calls it."""
+    return torch.cuda.get_device_name()
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """bf16 needs an Ampere or later."""
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("bf16", "fp16", "fp32") if bf16 else ("fp16", "fp32")
+
+
+def memory_gib() -> float:
+    """Peak memory that torch has held on this device, in GiB."""
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Dense peak of this device in FLOP/s by its data sheet; None when its name is not known here."""
+    return peak_flops_of(device_name(), dtype)
+
+
+def peak_flops_of(name: str, dtype: torch.dtype) -> float | None:
+    """Dense peak of a device of that name."""
+    known = max((key for key in _PEAKS if key in name), key=len, default=None)
+    if known is None or (known == "V100" and dtype == torch.bfloat16):
+        return None
+    return _PEAKS[known][dtype == torch.float32] * 1e12
+
+
+def synchronize() -> None:
+    """Waits until the device has done what it was given."""
+    torch.cuda.synchronize()
+
+
+def kernels() -> dict[str, str]:
+    """What runs each operation on this device, in words."""
+    return {
+        "attention": "torch SDPA (flash, cuDNN or memory-efficient)",
+        "rms_norm": "torch, fused",
+        "rotary": "torch",
+        "swiglu": "torch",
+        "cross_entropy": "torch, compiled" if common.find("triton", "jit") else "torch",
+        "optimizer": "torch AdamW, fused",
+    }

@@ -1,0 +1,322 @@
+"""Ascend NPU through torch_npu's operators (`torch.ops.npu`), read off torch_npu 2.13.0.
+
+No NPU was at hand: these calls are tested against the operators' schemas, against CPU kernels of their
+documented meaning, and traced through torch_npu's own meta and autograd code. Their numerics, their speed
+and HCCL have not run on a device. The documented limits are checked here, because torch_npu's shape
+functions hardly check them.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from aquila.backend import common, reference
+from aquila.backend.reference import TRIANGLE_BLOCK
+
+COMMUNICATION = "hccl"
+COMPILE_BLOCKS = False
+OPTIMIZERS = ("npu", "torch", "deepspeed", "apex")
+
+_COMPRESSED_MASK = 2048  # the causal sparse modes take a mask of this size, whatever the sequence length
+_RIGHT_DOWN_CAUSAL = 3
+_SOFTMAX_MIN, _SOFTMAX_MAX, _SOFTMAX_STEP = 32, 4096, 32
+_ROTARY_HEAD_LIMIT = 896
+# Dense bf16 and fp16 peak in TFLOP/s, by the vendor's published figures.
+_PEAKS = {"910A": 256, "910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910B": 313}
+
+# Where each row's documents end, on the host: the kernel takes a list, asked of the device once a batch.
+_ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def __getattr__(name: str):
+    """`SAVED_IN_SELECTIVE`, found when asked for: the operator exists once torch_npu has been imported."""
+    if name == "SAVED_IN_SELECTIVE":
+        return (torch.ops.npu.npu_fusion_attention.default, torch.ops.npu.npu_scaled_masked_softmax.default)
+    raise AttributeError(name)
+
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    documents: Tensor | None = None,
+    start: int = 0,
+    block: int = TRIANGLE_BLOCK,
+) -> Tensor:
+    """As `reference.attention`; "fused" is `npu_fusion_attention`, "triangle" the masked softmax in blocks."""
+    if kind == "triangle" and start == 0:
+        reference.check_attention(q, k, v, kind, documents, start)
+        return _padded_triangle(q, k, v, documents, block)
+    return common.attention(
+        q,
+        k,
+        v,
+        kind=kind,
+        documents=documents,
+        start=start,
+        block=block,
+        fused=_fused,
+        triangle_block=common.narrow_attention,
+    )
+
+
+def attention_kind(asked: str, triangle: bool) -> str:
+    """ "auto" is the model's own wish: the triangle where its config.json says so, else the fused kernel."""
+    return asked if asked != "auto" else "triangle" if triangle else "fused"
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
+    if documents is not None and start == 0:
+        return _fused_packed(q, k, v, document_ends(documents))
+    mask, mode = None, 0
+    if documents is not None:
+        mask = ~reference.visible(q.shape[1], start, documents, q.device)[:, None]  # (B, 1, S, T)
+    elif q.shape[1] > 1:
+        mask, mode = _compressed_mask(q.device), _RIGHT_DOWN_CAUSAL
+    return fusion_attention(q, k, v, layout="BSND", atten_mask=mask, sparse_mode=mode)
+
+
+def _fused_packed(q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
+    """Documents of all rows as one packed sequence (T, heads, D), each attending to itself alone."""
+    out = fusion_attention(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        layout="TND",
+        atten_mask=_compressed_mask(q.device),
+        sparse_mode=_RIGHT_DOWN_CAUSAL,
+        ends=ends,
+    )
+    return out.unflatten(0, q.shape[:2])
+
+
+def _compressed_mask(device: torch.device) -> Tensor:
+    return torch.ones(_COMPRESSED_MASK, _COMPRESSED_MASK, dtype=torch.bool, device=device).triu(diagonal=1)
+
+
+def document_ends(documents: Tensor) -> list[int]:
+    """Where each document ends in the rows of (B, S) laid end to end; a row's end ends a document."""
+    ends = _ENDS.get(documents)
+    if ends is None:
+        ends, position = [], 0
+        for row in documents.tolist():
+            for number, following in zip(row, [*row[1:], None], strict=True):
+                position += 1
+                if number != following:
+                    ends.append(position)
+        _ENDS[documents] = ends
+    return ends
+
+
+def fusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str,
+    atten_mask: Tensor | None,
+    sparse_mode: int,
+    ends: list[int] | None = None,
+) -> Tensor:
+    """`npu_fusion_attention` within its documented limits. `ends`: cumulative lengths, for layout TND.
+
+    Raises `ValueError` for what the kernel would compute wrongly or refuse without a word.
+    """
+    if layout not in ("BSND", "TND"):
+        raise ValueError(f"npu_fusion_attention: layout '{layout}' is not one of BSND, TND")
+    q_heads, kv_heads = q.shape[-2], k.shape[-2]
+    if q_heads % kv_heads:
+        raise ValueError(
+            f"npu_fusion_attention: {q_heads} query heads are no multiple of {kv_heads} key heads"
+        )
+    if atten_mask is None and sparse_mode:
+        raise ValueError("npu_fusion_attention: without atten_mask sparse_mode is ignored: not causal at all")
+    if atten_mask is not None and atten_mask.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(f"npu_fusion_attention: atten_mask is {atten_mask.dtype}, must be bool or uint8")
+    if sparse_mode in (2, 3) and tuple(atten_mask.shape) != (_COMPRESSED_MASK, _COMPRESSED_MASK):
+        raise ValueError(f"npu_fusion_attention: sparse_mode {sparse_mode} needs a 2048 x 2048 mask")
+    if (layout == "TND") != (ends is not None):
+        raise ValueError("npu_fusion_attention: cumulative lengths belong to layout TND, and to it alone")
+    if ends is not None and (
+        ends[-1] != q.shape[0] or any(b <= a for a, b in zip([0, *ends], ends, strict=False))
+    ):
+        raise ValueError(f"npu_fusion_attention: lengths must rise to {q.shape[0]}, got {ends[:8]} ...")
+    lengths = {} if ends is None else {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    return torch.ops.npu.npu_fusion_attention(
+        q,
+        k,
+        v,
+        q_heads,
+        layout,
+        atten_mask=atten_mask,
+        scale=q.shape[-1] ** -0.5,
+        keep_prob=1.0,
+        sparse_mode=sparse_mode,
+        **lengths,
+    )[0]
+
+
+def _padded_triangle(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, block: int) -> Tensor:
+    """The triangle over a sequence padded to the softmax kernel's step; no real query sees the padding."""
+    if block % _SOFTMAX_STEP:
+        raise ValueError(f"triangle block {block} must be a multiple of {_SOFTMAX_STEP} on this device")
+    length = q.shape[1]
+    extra = -length % _SOFTMAX_STEP
+    if extra:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q, k, v))
+        if documents is not None:
+            documents = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1)
+    out = reference.triangle_attention(q, k, v, documents=documents, block=block, attend=_softmax_attention)
+    return out[:, :length]
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, start: int = 0
+) -> Tensor:
+    """One block of queries: scores, `npu_scaled_masked_softmax`, values. Beyond 4096 keys, plain torch."""
+    if k.shape[1] > _SOFTMAX_MAX:
+        return common.narrow_attention(q, k, v, documents=documents, start=start)
+    hidden = ~reference.visible(q.shape[1], start, documents, q.device)[:, None]
+    q_BHSD, k_BHTD, v_BHTD = (reference.repeat_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
+    scores = q_BHSD @ k_BHTD.transpose(-1, -2)
+    probabilities = scaled_masked_softmax(scores, hidden, q.shape[-1] ** -0.5)
+    return (probabilities.to(v.dtype) @ v_BHTD).transpose(1, 2)
+
+
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`npu_scaled_masked_softmax` within its documented limits: x (B, H, S, T), mask bool, True = hidden."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"npu_scaled_masked_softmax: the mask is {mask.dtype}, must be bool")
+    for size in x.shape[-2:]:
+        if not _SOFTMAX_MIN <= size <= _SOFTMAX_MAX or size % _SOFTMAX_STEP:
+            raise ValueError(
+                f"npu_scaled_masked_softmax: {tuple(x.shape[-2:])} must lie in 32 to 4096, in steps of 32"
+            )
+    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, False)
+
+
+# ---- the rest of a block ---------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`; the kernel wants its weight in the input's dtype."""
+    return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `reference.rotary`, interleaved, in fp32; each angle stands twice for its pair."""
+    if x.shape[-1] % 2 or x.shape[-1] >= _ROTARY_HEAD_LIMIT:
+        raise ValueError(
+            f"npu_rotary_mul: head size {x.shape[-1]} must be even and under {_ROTARY_HEAD_LIMIT}"
+        )
+    angles = [table.repeat_interleave(2, dim=-1)[:, :, None] for table in (cos, sin)]
+    inner = reference.wide(x)
+    if cos.shape[0] > 1:  # the kernel spreads angles over heads and batch, not a batch of angles
+        inner, angles = inner.flatten(0, 1)[None], [table.flatten(0, 1)[None] for table in angles]
+    turned = torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave")
+    return turned.view(x.shape).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `reference.swiglu`; the kernel takes both halves as one tensor."""
+    return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), -1)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
+) -> Tensor:
+    """As `reference.cross_entropy_`, over the kernel's log-probabilities.
+
+    Its own gradient allows no option to differ from the default; ours is made here, so none has to.
+    """
+    x, index = reference.wide(logits), labels[:, None]
+    losses, log_probabilities, _, _ = torch.ops.npu.npu_cross_entropy_loss(x, labels, reduction="none")
+    lse = (x - log_probabilities).gather(1, index)
+    if gradient:
+        slope = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))
+        logits.copy_(slope.scatter_add(1, index, -scale[:, None].to(slope.dtype)))
+    return losses + z_loss * lse[:, 0].square()
+
+
+# ---- optimizer and machine -------------------------------------------------------------------------------
+
+
+def optimizer_kind(asked: str = "auto") -> str:
+    """torch_npu's fused AdamW."""
+    return "npu" if asked == "auto" else asked
+
+
+def optimizer(
+    kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW. Raises `ValueError` for a kind that cannot be built here; "deepspeed" is the engine's."""
+    kind = optimizer_kind(kind)
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if kind == "torch":
+        return common.torch_adamw(params, **options)
+    if kind == "npu" and (fused := common.find("torch_npu.optim", "NpuFusedAdamW")):
+        return fused(params, **options, amsgrad=False)
+    if kind == "apex" and (fused := common.find("apex.optimizers", "FusedAdam")):
+        return fused(params, **options, adam_w_mode=True)
+    raise common.refuse_optimizer(kind, OPTIMIZERS)
+
+
+def device_count() -> int:
+    """NPUs that this process may use: 0 without torch_npu or without a device."""
+    if common.find("torch_npu", "npu") is None or not torch.npu.is_available():
+        return 0
+    return torch.npu.device_count()
+
+
+def set_device(local_rank: int) -> torch.device:
+    """Makes the rank's NPU the current one. Raises `ValueError` when there are fewer."""
+    if local_rank >= device_count():
+        raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
+    torch.npu.set_device(local_rank)
+    return torch.device("npu", local_rank)
+
+
+def device_name() -> str:
+    """The NPU as its vendor calls it."""
+    return torch.npu.get_device_name()
+
+
+def supported_precisions() -> tuple[str, ...]:
+    """What the operators used here take; the first Ascend 910 has no bf16."""
+    return ("fp16", "fp32") if "910A" in device_name() else ("bf16", "fp16", "fp32")
+
+
+def memory_gib() -> float:
+    """Peak memory that torch has held on this device, in GiB."""
+    return torch.npu.max_memory_reserved() / 2**30
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Dense fp16 and bf16 peak of this device in FLOP/s; None for fp32 or a name not known here."""
+    known = max((key for key in _PEAKS if key in device_name()), key=len, default=None)
+    return None if known is None or dtype == torch.float32 else _PEAKS[known] * 1e12
+
+
+def synchronize() -> None:
+    """Waits until the device has done what it was given."""
+    torch.npu.synchronize()
+
+
+def kernels() -> dict[str, str]:
+    """What runs each operation on this device, in words."""
+    return {
+        "attention": "npu_fusion_attention, or triangle through npu_scaled_masked_softmax",
+        "rms_norm": "npu_rms_norm",
+        "rotary": "npu_rotary_mul, interleave",
+        "swiglu": "npu_swiglu",
+        "cross_entropy": "npu_cross_entropy_loss",
+        "optimizer": "NpuFusedAdamW",
+    }

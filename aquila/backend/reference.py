@@ -1,0 +1,193 @@
+"""The definition of every operation, in plain torch. The other backends equal this one.
+
+Shapes: B batch, S query positions, T key positions, H query heads, K key heads, D head size, N tokens,
+V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tests use as the truth).
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+ATTENTION_KINDS = ("fused", "triangle", "reference")
+TRIANGLE_BLOCK = 512
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of the inner arithmetic: fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- attention -------------------------------------------------------------------------------------------
+
+
+def visible(queries: int, start: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each query sees: bool (1 or B, S, T), T = start + S.
+
+    The query at row i stands at position start + i and sees the keys up to itself, within its own document.
+    `documents` (B, T) numbers the document of every key, or is None.
+    """
+    keys = start + queries
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(diagonal=start)[None]
+    if documents is None:
+        return causal
+    return causal & (documents[:, start:, None] == documents[:, None, :])
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Key or value heads (B, T, K, D) repeated for their query heads: (B, T, H, D), in groups of H / K."""
+    groups = heads // x.shape[2]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=2)
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Tensor | None = None,
+    start: int = 0,
+    inner: Callable = wide,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the visible keys; (B, S, H, D) in and out.
+
+    `inner` makes the operands of both products; the softmax is in fp32 (fp64 for fp64) in any case.
+    """
+    seen = visible(q.shape[1], start, documents, q.device)[:, None]
+    q_BHSD, k_BHTD, v_BHTD = (inner(repeat_heads(x, q.shape[2])).transpose(1, 2) for x in (q, k, v))
+    scores = wide(q_BHSD @ k_BHTD.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (probabilities.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2).to(q.dtype)
+
+
+def triangle_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Tensor | None = None,
+    start: int = 0,
+    block: int = TRIANGLE_BLOCK,
+    attend: Callable = plain_attention,
+) -> Tensor:
+    """Causal attention in blocks of queries, each against its own past: half the square is never computed.
+
+    Block i of `block` queries sees the keys up to its own last one, so any sequence length will do.
+    `attend` computes one block with the signature of `plain_attention`.
+    """
+    parts = []
+    for first in range(0, q.shape[1], block):
+        rows = q[:, first : first + block]
+        end = start + first + rows.shape[1]
+        past = None if documents is None else documents[:, :end]
+        parts.append(attend(rows, k[:, :end], v[:, :end], documents=past, start=start + first))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, kind: str, documents: Tensor | None, start: int) -> None:
+    """Raises `ValueError` for an unknown kind or shapes that do not belong together."""
+    if kind not in ATTENTION_KINDS:
+        raise ValueError(f"attention kind '{kind}' is not one of {', '.join(ATTENTION_KINDS)}")
+    if k.shape != v.shape or k.shape[1] != start + q.shape[1] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} with start {start}: "
+            "keys and values must be (B, start + S, K, D) with K a divisor of the query heads"
+        )
+    if documents is not None and documents.shape != (q.shape[0], k.shape[1]):
+        raise ValueError(f"documents {tuple(documents.shape)} must be (B, T) = {(q.shape[0], k.shape[1])}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    documents: Tensor | None = None,
+    start: int = 0,
+    block: int = TRIANGLE_BLOCK,
+) -> Tensor:
+    """Causal attention. q (B, S, H, D); k, v (B, T, K, D) with T = start + S; returns (B, S, H, D).
+
+    `start` is the position of the first query among the keys (the cache's length); `documents` int64 (B, T)
+    numbers each key's document and keeps attention within it. Here "fused" is the plain form.
+    """
+    check_attention(q, k, v, kind, documents, start)
+    if kind == "triangle":
+        return triangle_attention(q, k, v, documents=documents, start=start, block=block)
+    return plain_attention(q, k, v, documents=documents, start=start)
+
+
+def attention_kind(asked: str, triangle: bool) -> str:
+    """The kind that "auto" means here; `triangle` is the model's `use_triangle_attn`."""
+    return "reference" if asked == "auto" else asked
+
+
+# Operators whose results selective recomputation keeps: the two products of plain attention.
+SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
+COMPILE_BLOCKS = False
+
+# ---- the rest of a block ---------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), fp32 inside."""
+    x_wide = wide(x)
+    scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (x_wide * scale).to(x.dtype) * weight
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (2i, 2i+1) of the head by its position's angle (RoFormer, arXiv 2104.09864).
+
+    x (B, S, H, D); cos, sin fp32 (1 or B, S, D / 2), fp32 inside.
+    """
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
+) -> Tensor:
+    """Each token's loss -log p(label) + z_loss * lse^2, fp32 (N,); lse is the log of the softmax's sum.
+
+    With `gradient`, `logits` (N, V) are overwritten by the gradient of sum(scale * loss) with respect to
+    them: scale * ((1 + 2 z_loss lse) p - onehot). `labels` int64 (N,), `scale` fp32 (N,).
+    """
+    index, scale = labels[:, None], scale[:, None]
+    x = wide(logits)
+    lse = torch.logsumexp(x, dim=1, keepdim=True)
+    losses = lse - x.gather(1, index) + z_loss * lse.square()
+    if gradient:
+        slope = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
+        logits.copy_(slope.scatter_add(1, index, -scale.to(x.dtype)))
+    return losses[:, 0]
+
+
+# ---- optimizer and machine -------------------------------------------------------------------------------
+
+OPTIMIZERS = ("torch",)
+COMMUNICATION = "gloo"
+
+
+def optimizer_kind(asked: str = "auto") -> str:
+    """The optimizer that "auto" means on this device."""
+    return "torch" if asked == "auto" else asked
+
+
+def optimizer(
+    kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), one tensor at a time. Raises `ValueError` for a kind not in `OPTIMIZERS`."""
+    if optimizer_kind(kind) != "torch":
+        raise ValueError(f"optimizer '{kind}' is not one of {', '.join(OPTIMIZERS)}")
+    return torch.optim.AdamW(
+        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False
+    )

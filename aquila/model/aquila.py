@@ -1,0 +1,242 @@
+"""Aquila, exactly: a LLaMA-style decoder with interleaved rotary embedding.
+
+Shapes: B batch, S positions of this call, T positions seen so far (T = cache length + S), dim width,
+H query heads, K key and value heads, D = dim / H head size, V vocabulary. Attribute names give exactly
+the parameter names of the released weights (`layers.0.attention.wq.weight`, ...).
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from aquila.backend import ATTENTION_KINDS, get_backend
+from aquila.config import ModelConfig
+from aquila.model.cache import KVCache
+from aquila.model.loss import cross_entropy
+from aquila.model.rotary import RotaryTables, positions_in_documents
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, fp32 inside."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return get_backend(x.device.type).rms_norm(x, self.weight, self.eps)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+
+class Attention(nn.Module):
+    """Causal attention with H query heads over K key and value heads."""
+
+    def __init__(self, config: ModelConfig, kind: str):
+        super().__init__()
+        self.kind, self.triangle = kind, config.use_triangle_attn
+        self.head_dim = config.head_dim
+        kv_dim = config.kv_heads * config.head_dim
+        self.wq = _linear(config.dim, config.dim)
+        self.wk = _linear(config.dim, kv_dim)
+        self.wv = _linear(config.dim, kv_dim)
+        self.wo = _linear(config.dim, config.dim)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, S, dim)
+        cos: Tensor,  # (1 or B, S, D / 2)
+        sin: Tensor,
+        documents: Tensor | None,  # (B, T)
+        cache: tuple[KVCache, int] | None,  # the cache and this layer's number in it
+    ) -> Tensor:  # (B, S, dim)
+        backend = get_backend(x.device.type)
+        heads = (-1, self.head_dim)
+        q = backend.rotary(self.wq(x).unflatten(-1, heads), cos, sin)  # (B, S, H, D)
+        k = backend.rotary(self.wk(x).unflatten(-1, heads), cos, sin)  # (B, S, K, D)
+        v = self.wv(x).unflatten(-1, heads)
+        start = 0
+        if cache is not None:
+            store, layer = cache
+            start = store.length
+            k, v = store.put(layer, k, v)  # (B, T, K, D)
+        kind = backend.attention_kind(self.kind, self.triangle)
+        out = backend.attention(q, k, v, kind=kind, documents=documents, start=start)  # (B, S, H, D)
+        return self.wo(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = _linear(dim, hidden_dim)
+        self.w2 = _linear(hidden_dim, dim)
+        self.w3 = _linear(dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(get_backend(x.device.type).swiglu(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on a normed input and added to the stream."""
+
+    def __init__(self, config: ModelConfig, kind: str):
+        super().__init__()
+        self.attention = Attention(config, kind)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Tensor | None = None,
+        cache: tuple[KVCache, int] | None = None,
+    ) -> Tensor:  # all as in Attention
+        x = x + self.attention(self.attention_norm(x), cos, sin, documents, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class AquilaModel(nn.Module):
+    """The whole model: tokens to logits, or with labels to the loss.
+
+    `attention` is one of auto, fused, triangle, reference. `recompute` says what the checkpointed layers
+    (`config.checkpointed_layers`, from the first) compute again in backward: "full", all of the layer, or
+    "selective", all but attention. `z_loss` weights the loss's z-term. `seed` sets the first weights
+    (`init_weights`); on device "meta" there are none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        attention: str = "auto",
+        recompute: str = "full",
+        z_loss: float = 0.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 2023,
+    ):
+        super().__init__()
+        if recompute not in ("full", "selective"):
+            raise ValueError(f"recompute '{recompute}' is not one of full, selective")
+        if attention not in ("auto", *ATTENTION_KINDS):
+            raise ValueError(f"attention '{attention}' is not one of auto, {', '.join(ATTENTION_KINDS)}")
+        device = torch.device(device)
+        self.config, self.attention, self.recompute, self.z_loss = config, attention, recompute, z_loss
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, device="meta")
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = _linear(config.dim, config.vocab_size)
+        self.rotary_tables = RotaryTables(config.head_dim, config.rope_theta, config.max_seq_len)
+        self.to(dtype)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **config_overrides,
+    ) -> "AquilaModel":
+        """The model of a folder: its configuration and weights, straight to `dtype` and `device`.
+
+        Any folder that `model.weights` reads will do. `config_overrides` are keys of `ModelConfig`, or
+        `attention`, `recompute`, `z_loss`. Raises `UserError` for what is missing, unexpected or misshapen.
+        """
+        from aquila.model.weights import load_model
+
+        return load_model(cls, model_dir, dtype, device, config_overrides)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Matrices from N(0, initializer_range), norms at one; the same for every device and dtype.
+
+        Drawn in fp32 on the CPU, parameter after parameter in the order of their names in the model.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, self.config.initializer_range, generator=generator))
+
+    def forward(
+        self,
+        tokens: Tensor,  # int64 (B, S)
+        labels: Tensor | None = None,  # int64 (B, S), shifted already
+        loss_mask: Tensor | None = None,  # float (B, S)
+        documents: Tensor | None = None,  # int64 (B, S)
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) in the model's dtype, or with `labels` their mean loss, a scalar in fp32.
+
+        `documents` numbers each token's document within its row, never decreasing: attention stays within a
+        document and positions start anew in each. With `cache` the tokens follow those it holds.
+        """
+        hidden = self.hidden(tokens, documents, cache)
+        if labels is None:
+            return self.output(hidden)
+        return cross_entropy(hidden, self.output.weight, labels, loss_mask, z_loss=self.z_loss)
+
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, S, dim) after the last norm: what the output matrix takes."""
+        start, seq = 0, tokens.shape[1]
+        if cache is not None:
+            start = cache.length
+            documents = cache.extend(seq, documents)  # (B, T): those of the cached tokens, too
+        cos, sin = self._angles(start, seq, documents, tokens.device)
+        x = self.tok_embeddings(tokens)
+        for number, layer in enumerate(self.layers):
+            if cache is not None:
+                x = layer(x, cos, sin, documents, (cache, number))
+            elif number < self.config.checkpointed_layers and torch.is_grad_enabled():
+                x = self._recomputed(layer, x, cos, sin, documents)
+            else:
+                x = layer(x, cos, sin, documents)
+        if cache is not None:
+            cache.length += seq
+        return self.norm(x)
+
+    def _angles(self, start: int, seq: int, documents: Tensor | None, device: torch.device):
+        """cos and sin (1 or B, S, D / 2) of this call's positions."""
+        cos, sin = self.rotary_tables.on(device, start + seq)
+        if documents is None:
+            return cos[None, start : start + seq], sin[None, start : start + seq]
+        positions = positions_in_documents(documents)[:, start:]
+        return cos[positions], sin[positions]
+
+    def _recomputed(self, layer: Block, *inputs) -> Tensor:
+        """`layer(*inputs)`, whose activations are computed again in backward instead of kept."""
+        options = {}
+        if self.recompute == "selective":
+            kept = get_backend(inputs[0].device.type).SAVED_IN_SELECTIVE
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
+        # Nothing in a layer is random, so no random state has to be kept and restored.
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def compile_blocks(self, **options) -> None:
+        """`torch.compile` for each layer on its own; names of parameters stay as they are."""
+        for layer in self.layers:
+            layer.compile(**options)
+
+    def parameter_count(self) -> int:
+        """All parameters, embedding and output matrix included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _keep(kept: tuple, context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,214 @@
+"""Tensors in files: safetensors and torch's zip, read one tensor at a time and without running their code.
+
+A reader offers `shapes` (name to shape), `dtypes` (name to dtype) and `read(name, into)`.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aquila.errors import UserError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 100 << 20
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+class SafetensorsReader:
+    """A `.safetensors` file (format: 8 bytes header length, JSON header, data). Read, not mapped.
+
+    Raises `UserError` for a file that is damaged or cut short.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                length = struct.unpack("<Q", file.read(8))[0]
+                if length > min(size, _HEADER_LIMIT):
+                    raise ValueError("header length beyond the file")
+                header = json.loads(file.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise UserError(f"{path}: not a safetensors file ({error}); copy or download it again") from None
+        header.pop("__metadata__", None)
+        self.info: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported here")
+            info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if end - first != _byte_size(info):
+                raise UserError(f"{path}: {name} takes {end - first} bytes, its shape {_byte_size(info)}")
+            if 8 + length + end > size:
+                raise UserError(
+                    f"{path}: cut short: {name} ends beyond the file's {size} bytes; copy it again"
+                )
+            self.info[name], self._offsets[name] = info, 8 + length + first
+
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The tensor; straight into `into` when that is a contiguous CPU tensor of its dtype and shape."""
+        info = self.info[name]
+        fits = into is not None and into.device.type == "cpu" and into.is_contiguous()
+        direct = fits and into.dtype == info.dtype and tuple(into.shape) == info.shape
+        tensor = into if direct else torch.empty(info.shape, dtype=info.dtype)
+        view = as_bytes(tensor)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._offsets[name])
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{self.path}: cut short while reading {name}; copy it again")
+                done += count
+        return tensor if direct or into is None else into.copy_(tensor)
+
+
+class TorchReader:
+    """A file of `torch.save` (`.bin`, `.pt`): memory-mapped, tensors only, no code of the file is run.
+
+    A state dict, or one wrapped in `{"module": ...}`. Raises `UserError` for anything else.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        content, self.mapped = _load(path)
+        self.tensors = _state_dict(path, content)
+        self.info = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The tensor, copied out of the mapping, whose pages are then handed back."""
+        tensor = self.tensors[name]
+        result = tensor.clone() if into is None else into.copy_(tensor)
+        if self.mapped:
+            _hand_back(tensor)
+        return result
+
+
+def _load(path: Path) -> tuple[object, bool]:
+    """The file's content, and whether its tensors are mapped rather than in memory."""
+    problem = "it may be damaged or hold more than tensors; copy or download it again"
+    for mapped in (True, False):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+            # A file of before torch 1.6 cannot be mapped: it has to be in memory whole.
+            if not (mapped and "mmap can only be used" in str(error)):
+                raise UserError(f"{path}: cannot be read ({_first_line(error)}); {problem}") from None
+    raise AssertionError("the loop returns or raises")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _state_dict(path: Path, content) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get("module"), dict):
+        content = content["module"]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UserError(f"{path}: holds no state dict (parameter names with their tensors)")
+    return content
+
+
+def _hand_back(tensor: Tensor) -> None:
+    """Tells the kernel that a mapped tensor's pages are done with, so that they leave this process.
+
+    The pages are unchanged copies of the file's: were they needed again, they would be read again.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.data_ptr()
+    end = start + tensor.numel() * tensor.element_size()
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+def _byte_size(info: TensorInfo) -> int:
+    count = 1
+    for length in info.shape:
+        count *= length
+    return count * info.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, infos: dict[str, TensorInfo], produce: Callable[[str], Tensor], metadata: dict | None = None
+) -> None:
+    """Writes `path` one tensor at a time; `produce(name)` gives each as `infos` describes it.
+
+    The file appears under its name only when it is whole and on the disk.
+    """
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, info in infos.items():
+        size = _byte_size(info)
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, info in infos.items():
+            tensor = produce(name).detach().to("cpu").contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
+            file.write(as_bytes(tensor))
+
+
+class replacing:  # noqa: N801, read as a verb: with replacing(path) as file
+    """A binary file that takes the place of `path` when the block ends well, and vanishes otherwise."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        self.file = open(self.temporary, "wb")
+        return self.file
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+            if kind is None:
+                os.replace(self.temporary, self.path)
+            else:
+                self.temporary.unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""Hugging Face's Llama format: names, configuration, and the rotary layout of its query and key matrices.
+
+Aquila rotates the interleaved pairs (2i, 2i + 1) of a head; Hugging Face rotates (i, i + D / 2). The same
+function comes out when the rows of wq and wk are reordered within each head.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aquila.config import ModelConfig
+from aquila.config.strict import read_json, validate
+from aquila.errors import UserError
+
+_TOP = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "self_attn.q_proj.weight": "attention.wq.weight",
+    "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
+    "input_layernorm.weight": "attention_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+}
+_TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
+_LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+_MODEL_TYPES = ("llama", "aquila")
+
+
+def is_hf_names(names: Iterable[str]) -> bool:
+    """Whether these parameter names are Hugging Face's."""
+    return any(name.startswith("model.layers.") or name == "model.embed_tokens.weight" for name in names)
+
+
+def to_released(name: str) -> str | None:
+    """The released name; None for a table that holds no weights; unknown names come back as they are."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if match and match[2] in _LAYER:
+        return f"layers.{match[1]}.{_LAYER[match[2]]}"
+    return _TOP.get(name, name)
+
+
+def from_released(name: str) -> str:
+    """Hugging Face's name of a released parameter."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    return f"model.layers.{match[1]}.{_LAYER_BACK[match[2]]}" if match else _TOP_BACK[name]
+
+
+def short(name: str) -> str:
+    """A released name without its layer: attention.wq.weight."""
+    return re.sub(r"^layers\.\d+\.", "", name)
+
+
+def permuted(config: ModelConfig) -> dict[str, int]:
+    """The matrices whose rows are reordered, and how many heads each holds."""
+    return {"attention.wq.weight": config.n_heads, "attention.wk.weight": config.kv_heads}
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """Aquila's rows to Hugging Face's: within each head (2i, 2i + 1) to (i, i + D / 2)."""
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Hugging Face's rows to Aquila's: the inverse of `permute`."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+# ---- config.json -----------------------------------------------------------------------------------------
+
+
+def is_hf_config(values: dict[str, Any]) -> bool:
+    """Whether a config.json is Hugging Face's."""
+    return "hidden_size" in values
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether the folder's config.json says that the output matrix is the embedding."""
+    file = folder / "config.json"
+    return file.is_file() and bool(read_json(file).get("tie_word_embeddings", False))
+
+
+def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
+    """Our configuration of a Llama or Aquila2 `config.json`.
+
+    Raises `UserError` naming the key when the model is another architecture or uses what Aquila lacks.
+    """
+    if values.get("model_type") not in _MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type {values.get('model_type')!r} is not one of {', '.join(_MODEL_TYPES)}"
+        )
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {
+        k: v for k, v in rope.items() if k == "rope_type" and v != "default"
+    }
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    refused = {
+        "rope_scaling": bool(scaling),
+        "attention_bias": bool(values.get("attention_bias")),
+        "mlp_bias": bool(values.get("mlp_bias")),
+        "quantization_config": bool(values.get("quantization_config")),
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "head_dim": head_dim * values["num_attention_heads"] != values["hidden_size"],
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise UserError(
+                f"{where}: {key} = {values.get(key)!r} has no counterpart in Aquila's architecture"
+            )
+    ours = {
+        "dim": values["hidden_size"],
+        "n_layers": values["num_hidden_layers"],
+        "n_heads": values["num_attention_heads"],
+        "n_kv_heads": values.get("num_key_value_heads"),
+        "vocab_size": values["vocab_size"],
+        "hidden_dim": values["intermediate_size"],
+        "norm_eps": values.get("rms_norm_eps", 1e-6),
+        "max_seq_len": values.get("max_position_embeddings", 2048),
+        "rope_theta": float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        "initializer_range": values.get("initializer_range", 0.02),
+    }
+    return validate(ModelConfig, ours, where)
+
+
+def config_to_hf(config: ModelConfig, dtype: str, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
+    """A `config.json` that plain transformers loads as `LlamaForCausalLM`; `dtype` as in "bfloat16"."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "initializer_range": config.initializer_range,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "torch_dtype": dtype,
+    }
