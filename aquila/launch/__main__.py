@@ -1,0 +1,115 @@
+"""`python -m aquila.launch local|dist|stop|dist-stop ...`: what the shell scripts call."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from aquila.errors import UserError, run_command
+from aquila.launch.checks import WARN, Checked, check_run
+from aquila.launch.code import ROOT
+from aquila.launch.launcher import launch
+from aquila.launch.nodes import forwarded_environment, is_this_node
+from aquila.launch.runs import check_experiment
+from aquila.launch.stop import stop_here, stop_nodes
+
+TRIGGER = {"local": "scripts/local_trigger_docker.sh", "dist": "scripts/dist_trigger_docker.sh"}
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.command == "stop":
+        return stop_here(check_experiment(arguments.experiment))
+    if arguments.command == "dist-stop":
+        return stop_nodes(find_file(arguments.hostfile), check_experiment(arguments.experiment))
+    return trigger(arguments)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m aquila.launch", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, script in TRIGGER.items():
+        sub = commands.add_parser(command, prog=f"bash {script}", allow_abbrev=False)
+        sub.add_argument("hostfile", help="one node per line: host slots=N")
+        sub.add_argument("config", help="YAML file; a bare name is looked for in configs/")
+        sub.add_argument("model", help="a folder under checkpoints_in/")
+        sub.add_argument("experiment", help="name of the folder under checkpoints_out/")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="override the YAML file")
+        sub.add_argument("--wait", action="store_true", help="stay until training ends, return its status")
+        sub.add_argument("--dry-run", action="store_true", help="print the configuration, start nothing")
+        sub.add_argument(
+            "--no-preflight",
+            action="store_true",
+            help="go on in spite of what they find",
+        )
+    stop = commands.add_parser("stop", prog="bash scripts/local_stop_docker.sh", allow_abbrev=False)
+    stop.add_argument("experiment")
+    stop = commands.add_parser("dist-stop", prog="bash scripts/dist_stop_docker.sh", allow_abbrev=False)
+    stop.add_argument("hostfile")
+    stop.add_argument("experiment")
+    # Flags may stand between the overrides, which argparse's sub-commands do not allow by themselves.
+    words = sys.argv[1:]
+    flags = [word for word in words if word.startswith("-") and "=" not in word]
+    others = [word for word in words if word not in flags]
+    arguments = parser.parse_args([*others[:1], *flags, *others[1:]])
+    for word in getattr(arguments, "overrides", []):
+        if "=" not in word:
+            raise UserError(f"'{word}' on the command line: overrides have the form key=value")
+    return arguments
+
+
+def find_file(name: str) -> Path:
+    """A file as named from here, else from the project's folder."""
+    return Path(name) if Path(name).exists() or Path(name).is_absolute() else ROOT / name
+
+
+def trigger(arguments: argparse.Namespace) -> int:
+    """Checks everything, then starts the run."""
+    local = arguments.command == "local"
+    experiment = check_experiment(arguments.experiment)
+    config = str(Path(arguments.config).resolve()) if Path(arguments.config).is_file() else arguments.config
+    checked = check_run(
+        find_file(arguments.hostfile), config, arguments.model, arguments.overrides, local=local
+    )
+    if arguments.no_preflight or arguments.dry_run:
+        checked.soften(keep={"hostfile", "this node", "devices", "configuration"})
+    checked.raise_failures()
+    for finding in checked.findings:
+        if finding.state == WARN:
+            print(f"warning: {finding.check}: {finding.detail}", file=sys.stderr)
+    if arguments.dry_run:
+        print(checked.config.table())
+        return 0
+    print(checked.config.table(), flush=True)
+    return launch(
+        _request(arguments, checked, experiment, config),
+        wait=arguments.wait,
+        total_steps=checked.config.run.train_iters,
+    )
+
+
+def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, config: str) -> dict:
+    local = arguments.command == "local"
+    nodes = [checked.here] if local else checked.nodes
+    stop = (
+        f"bash scripts/local_stop_docker.sh {experiment}"
+        if local
+        else f"bash scripts/dist_stop_docker.sh {shlex.quote(arguments.hostfile)} {experiment}"
+    )
+    return {
+        "nodes": [
+            {"host": node.host, "slots": node.slots, "here": local or is_this_node(node.host)}
+            for node in nodes
+        ],
+        "experiment": experiment,
+        "resume": checked.config.run.resume,
+        "command": [sys.executable, "-m", "aquila.pretrain", config, arguments.model, experiment],
+        "overrides": arguments.overrides,
+        "environment": forwarded_environment(),
+        "node_timeout": 60.0,
+        "stop_command": stop,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,286 @@
+"""The agent of one node: starts torchrun, watches it, and leaves no process behind.
+
+It talks to the controller in JSON lines: requests on standard input, events on standard output. When the
+controller falls silent or closes the line, the agent stops its ranks (a checkpoint is saved when they
+still can) and then kills what is left.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from aquila.errors import EXIT_USER_ERROR
+from aquila.launch import failure, nodes, runs
+from aquila.launch.code import code_fingerprint
+from aquila.launch.follow import Follower
+from aquila.launch.ranks import Ranks, Start
+
+TICK = 0.1
+BEAT = 1.0
+FAILURE_GRACE = 2.0
+"""Seconds the other ranks have to write their own errors before they are killed."""
+ORPHAN_GRACE = 300.0
+"""Seconds for a last checkpoint when the controller is gone."""
+
+
+class ControllerLostError(Exception):
+    pass
+
+
+def machine_key() -> str:
+    """Names this machine among those that share a disk: its addresses, whatever the hostfile calls it."""
+    addresses = sorted(nodes.local_interfaces())
+    return hashlib.sha256(" ".join([socket.gethostname(), *addresses]).encode()).hexdigest()[:12]
+
+
+class Agent:
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.ranks: Ranks | None = None
+        self.follower: Follower | None = None
+        self.failing_since: float | None = None
+        self.stopping = False
+        self.killed = False
+        self.lock: Any = None
+        self.state_path: Path | None = None
+        self.state: dict[str, Any] = {}
+        self.last_beat = 0.0
+        self.last_heard = time.monotonic()
+        self.node_timeout = 60.0
+        self.controller_gone_at: float | None = None
+        self.done = False
+
+    # the line to the controller
+
+    def send(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields}).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(1, line) :]
+        except OSError:
+            self.lose_controller()
+
+    def requests(self, timeout: float) -> list[dict[str, Any]]:
+        if self.controller_gone_at is not None:
+            time.sleep(timeout)
+            return []
+        ready, _, _ = select.select([0], [], [], timeout)
+        if not ready:
+            return []
+        data = os.read(0, 1 << 20)
+        if not data:
+            self.lose_controller()
+            return []
+        self.last_heard = time.monotonic()
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines if line.strip()]
+
+    def lose_controller(self) -> None:
+        if self.controller_gone_at is None:
+            self.controller_gone_at = time.monotonic()
+            self.stop()
+
+    # requests
+
+    def handle(self, request: dict[str, Any]) -> None:
+        operation = request.pop("op")
+        getattr(self, f"on_{operation}")(**request)
+
+    def on_ping(self, time: float) -> None:
+        self.send("pong", sent=time)
+
+    def on_prepare(
+        self, root: str, experiment: str, node: str, resume: str, version: str | None, node_timeout: float
+    ) -> None:
+        """Takes this node for the experiment; the first node chooses the version (`version` None)."""
+        self.node_timeout = node_timeout
+        folder = runs.experiment_dir(Path(root), experiment)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            running = self.take_lock(folder, node)
+            if running:
+                self.send(
+                    "refused",
+                    status=EXIT_USER_ERROR,
+                    message=f"{experiment} is running on this node already ({running}); stop it first with "
+                    f"'bash scripts/local_stop_docker.sh {experiment}', or choose another name",
+                )
+                return
+            resumed = False
+            if version is None:
+                version, resumed = runs.choose_version(folder, resume)
+            run_dir = folder / version
+            (run_dir / "launch").mkdir(parents=True, exist_ok=True)
+            (run_dir / "logs").mkdir(exist_ok=True)
+        except OSError as error:
+            self.send("refused", status=1, message=f"{error.filename or folder}: {error.strerror}")
+            return
+        self.state_path = run_dir / "launch" / f"node-{node}.json"
+        self.write_state(state="ready", node=node, experiment=experiment, version=version)
+        self.send("prepared", version=version, run_dir=str(run_dir), resumed=resumed)
+
+    def take_lock(self, folder: Path, node: str) -> str | None:
+        """None when this agent now holds the experiment on this machine, else who does."""
+        path = folder / f".lock-{machine_key()}"
+        self.lock = path.open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            return self.lock.read().strip() or "by another process"
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self.lock.flush()
+        return None
+
+    def on_port(self, address: str) -> None:
+        self.send("port", port=nodes.free_port(address))
+
+    def on_start(self, first: bool, **fields: Any) -> None:
+        start = Start(**fields)
+        self.failing_since, self.stopping, self.killed = None, False, False
+        self.follower = Follower(Path(start.run_dir) / "metrics.jsonl") if first else None
+        self.ranks = Ranks(start)
+        self.write_state(
+            state="running",
+            generation=start.generation,
+            ranks=[start.first_rank, start.first_rank + start.slots],
+            mark=start.mark,
+        )
+        self.send("started", generation=start.generation, pid=self.ranks.process.pid)
+
+    def on_stop(self) -> None:
+        self.stop()
+
+    def on_kill(self) -> None:
+        self.kill()
+
+    def on_end(self) -> None:
+        self.kill()
+        self.done = True
+
+    # the ranks
+
+    def stop(self) -> None:
+        """Asks the ranks to save a checkpoint and leave."""
+        if self.stopping:
+            return
+        self.stopping = True
+        if self.ranks:
+            self.write_state(state="stopping")
+            self.ranks.signal_ranks(signal.SIGTERM)
+        self.send("stopping")
+
+    def kill(self) -> None:
+        if self.ranks and not self.killed:
+            self.killed = True
+            left = self.ranks.kill()
+            if left:
+                self.send("left_behind", pids=left)
+
+    def watch(self) -> None:
+        if self.follower:
+            for line in self.follower.new_lines():
+                self.send("metric", metric=line)
+        if not self.ranks:
+            return
+        if self.ranks.ended() or self.killed:
+            self.finish()
+            return
+        records = self.ranks.finished_records()
+        if self.failing_since is None and any(failure.is_failure(r["status"]) for r in records):
+            self.failing_since = time.monotonic()
+        if self.failing_since is not None and time.monotonic() - self.failing_since > FAILURE_GRACE:
+            self.kill()
+
+    def finish(self) -> None:
+        """torchrun has ended, by itself or by our hand: report, and clear away."""
+        ranks, self.ranks = self.ranks, None
+        records = ranks.all_records()
+        left = ranks.kill()
+        if self.follower:
+            for line in self.follower.new_lines():
+                self.send("metric", metric=line)
+        status = failure.run_status([record["status"] for record in records])
+        self.write_state(state="ended", status=status)
+        self.send(
+            "ended",
+            generation=ranks.start.generation,
+            records=records,
+            left_behind=left,
+            killed=self.killed and self.failing_since is None,
+        )
+
+    def write_state(self, **fields: Any) -> None:
+        self.state.update(
+            fields,
+            pid=os.getpid(),
+            created=psutil.Process().create_time(),
+            machine=machine_key(),
+            host=socket.gethostname(),
+            time=time.time(),
+        )
+        if self.state_path:
+            with contextlib.suppress(OSError):  # a full disk must not stop the agent from clearing away
+                runs.write_json(self.state_path, self.state)
+
+    # the loop
+
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        self.send("hello", **introduction())
+        try:
+            while not self.done:
+                for request in self.requests(TICK):
+                    self.handle(request)
+                self.watch()
+                self.keep_in_touch()
+        finally:
+            self.kill()
+            if self.ranks:
+                self.finish()
+            self.send("gone")
+
+    def keep_in_touch(self) -> None:
+        now = time.monotonic()
+        if now - self.last_beat >= BEAT:
+            self.last_beat = now
+            self.send("beat", time=time.time(), running=self.ranks is not None)
+        if self.controller_gone_at is None and now - self.last_heard > self.node_timeout:
+            self.lose_controller()
+        if self.controller_gone_at is not None:
+            waited = now - self.controller_gone_at
+            if self.ranks is None or waited > ORPHAN_GRACE:
+                self.done = True
+
+
+def introduction() -> dict[str, Any]:
+    """What the controller needs to know of this node before it asks for anything."""
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    return {
+        "code": code_fingerprint(),
+        "python": sys.version.split()[0],
+        "host": socket.gethostname(),
+        "addresses": sorted(nodes.local_interfaces()),
+        "reached_at": connection[2].split("%")[0] if len(connection) == 4 else None,
+        "time": time.time(),
+        "pid": os.getpid(),
+    }
+
+
+if __name__ == "__main__":
+    Agent().run()

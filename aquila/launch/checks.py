@@ -1,0 +1,147 @@
+"""Every check that can be made before a rank starts, each with what to do about it."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config.run import parse_blend
+from aquila.errors import UserError
+from aquila.launch.code import ROOT
+from aquila.launch.hostfile import Node, read_hostfile
+from aquila.launch.nodes import find_this_node
+from aquila.launch.probe import probe_devices
+
+PASS, WARN, FAIL = "pass", "warn", "fail"
+
+
+class Finding(NamedTuple):
+    """A row of the preflight table."""
+
+    check: str
+    state: str
+    detail: str
+
+
+class Warned(Exception):  # noqa: N818 - not an error
+    """A check's way to say: this works, but look."""
+
+
+@dataclass
+class Checked:
+    """What the checks found, and what they read on the way."""
+
+    findings: list[Finding] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    here: Node | None = None
+    devices: dict[str, Any] | None = None
+    config: EffectiveConfig | None = None
+
+    def run(self, name: str, check: Callable[[], str]) -> bool:
+        """Runs one check and notes its outcome; the rest goes on whatever it is."""
+        try:
+            self.findings.append(Finding(name, PASS, check()))
+        except Warned as warning:
+            self.findings.append(Finding(name, WARN, str(warning)))
+        except UserError as error:
+            self.findings.append(Finding(name, FAIL, str(error)))
+            return False
+        return True
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.state == FAIL]
+
+    def soften(self, keep: set[str]) -> None:
+        """Failures of other checks than `keep` become warnings."""
+        self.findings = [
+            finding._replace(state=WARN) if finding.state == FAIL and finding.check not in keep else finding
+            for finding in self.findings
+        ]
+
+    def raise_failures(self) -> None:
+        """Raises one `UserError` with every failure."""
+        if self.failures:
+            raise UserError("\n  ".join(finding.detail for finding in self.failures))
+
+
+def check_run(
+    hostfile: Path, config: str, model: str, overrides: list[str], *, local: bool, root: Path = ROOT
+) -> Checked:
+    """The checks that need no other node. Starts nothing and writes nothing."""
+    checked = Checked()
+    with ThreadPoolExecutor(1) as background:
+        probing = background.submit(probe_devices)
+        if checked.run("hostfile", lambda: _hostfile(checked, hostfile)) and local:
+            checked.run("this node", lambda: _this_node(checked, hostfile))
+        checked.run("devices", lambda: _devices(checked, probing.result()))
+    if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
+        checked.run("weights", lambda: _weights(checked.config))
+        checked.run("tokenizer and data", lambda: _data(checked.config, root))
+    return checked
+
+
+def _hostfile(checked: Checked, path: Path) -> str:
+    checked.nodes = read_hostfile(path)
+    total = sum(node.slots for node in checked.nodes)
+    return f"{len(checked.nodes)} node(s), {total} slot(s)"
+
+
+def _this_node(checked: Checked, path: Path) -> str:
+    checked.here = find_this_node(checked.nodes, str(path))
+    return f"{checked.here.host}, line {checked.here.line}"
+
+
+def _devices(checked: Checked, devices: dict[str, Any]) -> str:
+    checked.devices = devices
+    unit = "core(s)" if devices["device"] == "cpu" else "device(s)"
+    if checked.here and checked.here.slots > devices["count"]:
+        raise UserError(
+            f"line {checked.here.line} of the hostfile gives {checked.here.host} "
+            f"slots={checked.here.slots}, but it has {devices['count']} {unit} "
+            f"({devices['device']}: {devices['name']}); write slots={devices['count']} or fewer"
+        )
+    return f"{devices['count']} {unit}, {devices['device']}: {devices['name']}"
+
+
+def _configuration(checked: Checked, config: str, model: str, overrides: list[str], root: Path) -> str:
+    device = None
+    if checked.devices:
+        device = Device(checked.devices["device"], tuple(checked.devices["precisions"]))
+    checked.config = load_run_config(config, model, overrides, device=device, root=root)
+    return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files of a model folder that hold weights."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    return sorted(path for pattern in patterns for path in model_dir.glob(pattern))
+
+
+def _weights(config: EffectiveConfig) -> str:
+    if not config.run.bmt_pre_load:
+        return "from scratch (bmt_pre_load: False)"
+    files = weight_files(config.model_dir)
+    if not files:
+        raise UserError(
+            f"bmt_pre_load is True ({config.sources['bmt_pre_load']}), but {config.model_dir} holds no "
+            "weights (pytorch_model.bin or *.safetensors); put them there, or train from scratch with "
+            "bmt_pre_load=False"
+        )
+    empty = [path.name for path in files if path.stat().st_size == 0]
+    if empty:
+        raise UserError(f"{config.model_dir}: {', '.join(empty)} is empty; download it again")
+    return ", ".join(path.name for path in files)
+
+
+def _data(config: EffectiveConfig, root: Path) -> str:
+    from aquila.data.meta import check_dataset
+    from aquila.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model_dir)
+    prefixes, _ = parse_blend(config.run.data_prefix)
+    for prefix in prefixes:
+        check_dataset(root / prefix, tokenizer, config.model.vocab_size)
+    return f"{len(prefixes)} dataset(s)"

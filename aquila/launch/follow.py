@@ -1,0 +1,36 @@
+"""Reading `metrics.jsonl` as it grows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Follower:
+    """New whole lines of a JSON-lines file that another process appends to; it need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The objects appended since the last call. A line still being written waits for its end."""
+        try:
+            size = self.path.stat().st_size
+            if size < self.position:  # cut back to the checkpoint by a resumed run
+                self.position = 0
+            if size == self.position:
+                return []
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                data = file.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self.position += len(whole)
+        found = []
+        for line in whole.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in found if isinstance(line, dict)]

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# Makes or updates .venv; a second run with nothing to do takes under a second.
+#   bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR]
+# Without a word: what the machine has. --dev adds tests and lint. --wheelhouse installs from DIR alone, as
+# scripts/make_wheelhouse.sh made it, without any network.
+# Environment: PYTHON (which Python to build on), TORCH_INDEX_URL (where torch comes from).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+VENV="$PROJECT/.venv"
+STAMP="$VENV/.installed"
+LISTS="$PROJECT/requirements"
+
+main() {
+    local device="" dev=0 wheelhouse=""
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            cpu | cuda | npu) device="$1" ;;
+            --dev) dev=1 ;;
+            --wheelhouse)
+                [ $# -gt 1 ] || fail "--wheelhouse needs a folder"
+                wheelhouse="$(cd "$2" 2>/dev/null && pwd -P)" || fail "wheelhouse $2 does not exist"
+                shift
+                ;;
+            *) fail "unknown argument '$1'; usage: bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR]" ;;
+        esac
+        shift
+    done
+    [ -n "$device" ] || device="$(machine_device)"
+
+    local lists=(torch build core) list
+    if [ "$device" = npu ]; then lists+=(npu); fi
+    if [ "$dev" = 1 ]; then lists+=(dev); fi
+    local wanted=""
+    for list in "${lists[@]}"; do
+        wanted+="$device $list $(cksum <"$LISTS/$list.txt")"$'\n'
+    done
+    if installed "$wanted"; then
+        echo "$VENV is up to date ($device)"
+        return
+    fi
+    # Two installs at once (a test run beside a quickstart) would break each other.
+    mkdir -p "$VENV"
+    exec 9>"$VENV/.lock"
+    if command -v flock >/dev/null; then flock 9; fi
+    if installed "$wanted"; then return; fi
+    install_all "$device" "$dev" "$wheelhouse"
+    printf '%s' "$wanted" >>"$STAMP"
+    echo "installed into $VENV ($device)"
+}
+
+# Whether every line of what is wanted stands in the stamp and the Python still runs.
+installed() {
+    [ -f "$STAMP" ] && [ -x "$VENV/bin/python" ] || return 1
+    local line
+    while IFS= read -r line; do
+        [ -z "$line" ] || grep -qxF -- "$line" "$STAMP" || return 1
+    done <<<"$1"
+    "$VENV/bin/python" -c '' 2>/dev/null
+}
+
+machine_device() {
+    if [ -e /dev/davinci0 ] || [ -e /dev/davinci_manager ]; then
+        echo npu
+    elif [ -e /dev/nvidia0 ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
+        echo cuda
+    else
+        echo cpu
+    fi
+}
+
+python_works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local candidate found=""
+    if [ -n "${PYTHON:-}" ]; then
+        python_works "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
+        command -v "$PYTHON"
+        return
+    fi
+    for candidate in python3 python python3.12 python3.11 python3.10 python3.13; do
+        command -v "$candidate" >/dev/null || continue
+        if python_works "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+        found+=" $candidate ($("$candidate" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo broken))"
+    done
+    fail "no Python 3.10 to 3.13 found${found:+, only:$found}; install one, or name it: PYTHON=/path/to/python3.11"
+}
+
+# The version of a torch that the base Python has and that sees its device; nothing otherwise.
+device_torch() {
+    "$1" - <<'PYTHON' 2>/dev/null || true
+import torch
+if torch.accelerator.is_available():
+    print(torch.__version__)
+PYTHON
+}
+
+check_tools() {
+    "$1" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$1 has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"
+    local compiler="${CXX:-}"
+    if [ -z "$compiler" ]; then
+        for compiler in c++ g++ clang++; do command -v "$compiler" >/dev/null && break; done
+    fi
+    command -v "$compiler" >/dev/null ||
+        fail "no C++ compiler found (DeepSpeed compiles its operators); install g++ (Debian, Ubuntu: apt-get install g++)"
+    "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+        fail "Python's headers are missing (DeepSpeed compiles its operators); install them (Debian, Ubuntu: apt-get install python3-dev)"
+}
+
+install_all() {
+    local device="$1" dev="$2" wheelhouse="$3" python own_torch=""
+    python="$(find_python)"
+    check_tools "$python"
+    if [ "$device" != cpu ]; then own_torch="$(device_torch "$python")"; fi
+    if [ ! -x "$VENV/bin/python" ] || ! python_works "$VENV/bin/python"; then
+        echo "making $VENV with $("$python" --version)${own_torch:+ on the torch $own_torch of $python}"
+        rm -f "$STAMP"
+        if [ -n "$own_torch" ]; then
+            "$python" -m venv --system-site-packages "$VENV"
+        else
+            "$python" -m venv "$VENV"
+        fi
+    fi
+    local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) from=()
+    if [ -n "$wheelhouse" ]; then
+        export PIP_CONFIG_FILE=/dev/null
+        unset PIP_FIND_LINKS PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+        from=(--no-index --find-links "$wheelhouse")
+    fi
+    # Nothing that follows may replace the torch that is there.
+    local constraints="$VENV/.constraints.txt"
+    if [ -n "$own_torch" ]; then
+        echo "torch==$own_torch" >"$constraints"
+    else
+        cp "$LISTS/torch.txt" "$constraints"
+        echo "installing torch"
+        install_torch "$device"
+    fi
+    echo "installing the build tools"
+    "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/build.txt"
+    echo "installing the packages of requirements/core.txt (deepspeed is built from source, about a minute)"
+    # Its operators are compiled when they are first used, for the device that is there.
+    DS_BUILD_OPS=0 PATH="$VENV/bin:$PATH" \
+        "${pip[@]}" install -qq "${from[@]}" -c "$constraints" --no-build-isolation -r "$LISTS/core.txt"
+    if [ "$device" = npu ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/npu.txt"; fi
+    if [ "$dev" = 1 ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/dev.txt"; fi
+    # `python -m aquila...` works from every folder.
+    "$VENV/bin/python" - "$PROJECT" <<'PYTHON'
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_paths()["purelib"], "aquila-project.pth").write_text(sys.argv[1] + "\n")
+PYTHON
+}
+
+# torch alone and first, by exact version: whatever follows then finds it there.
+install_torch() {
+    local device="$1"
+    if [ -n "${TORCH_INDEX_URL:-}" ] && [ ${#from[@]} = 0 ]; then
+        "${pip[@]}" install -qq --no-deps --index-url "$TORCH_INDEX_URL" -r "$LISTS/torch.txt"
+    elif [ "$device" != cuda ] && [ ${#from[@]} = 0 ]; then
+        refuse_cuda_build
+    fi
+    "${pip[@]}" install -qq "${from[@]}" -r "$LISTS/torch.txt"
+}
+
+# On a machine without a GPU the CUDA build would bring gigabytes of packages that nothing uses.
+refuse_cuda_build() {
+    if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then return; fi
+    local report="$VENV/.torch-report.json"
+    "${pip[@]}" install -qq --dry-run --no-deps --report "$report" -r "$LISTS/torch.txt"
+    "$VENV/bin/python" - "$report" <<'PYTHON' || fail "the package index offers torch only as the CUDA build (gigabytes of packages that this machine has no use for); set TORCH_INDEX_URL to PyTorch's index of CPU wheels, or run: bash scripts/install.sh cuda"
+import json, sys
+from pip._vendor.packaging.requirements import Requirement
+needs = [Requirement(text) for item in json.load(open(sys.argv[1]))["install"] for text in item["metadata"].get("requires_dist", [])]
+pulled = [need.name for need in needs if need.name.startswith(("nvidia-", "cuda-")) and (not need.marker or need.marker.evaluate({"extra": ""}))]
+sys.exit(bool(pulled))
+PYTHON
+}
+
+main "$@"

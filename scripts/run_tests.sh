@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what is needed, then lint and tests.
+#   bash scripts/run_tests.sh [pytest arguments ...]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+bash "$PROJECT/scripts/install.sh" --dev
+cd "$PROJECT"
+python="$(project_python)"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+# Two workers, and one thread each: the tests start ranks of their own.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$python" -m pytest -n "${AQUILA_TEST_WORKERS:-2}" --dist loadfile "$@"
