@@ -54,6 +54,8 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without
     them this process is a world of one.
     """
+    # Said outright, for DeepSpeed otherwise guesses, and falls back to CPU without a word.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     quiet_libraries()
     import deepspeed
 
@@ -168,17 +170,25 @@ class Engine:
         row = torch.stack(
             [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values]
         )
-        table = torch.empty(self.world_size, len(values), dtype=torch.float64, device=self.device)
+        table = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(table, row)
-        return table.t().tolist()
+        return table.view(self.world_size, len(values)).t().tolist()
 
     def save_shards(self, folder: Path) -> None:
         """Writes this rank's share of master weights and optimizer state into `folder`/deepspeed."""
+        # The weights are saved beside, as a model folder that any tool reads; not a second time here.
+        self._engine.module_state_dict = lambda **options: {}
         self._engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        del self._engine.module_state_dict
+        if dist.get_rank() == 0:
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's, for folders without the weights
+                script.unlink()
 
     def load_shards(self, folder: Path) -> None:
         """Takes back what `save_shards` of the same number of ranks wrote. Raises `UserError`."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=SHARDS, load_lr_scheduler_states=False)
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+        )
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
