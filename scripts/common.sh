@@ -15,3 +15,13 @@ project_python() {
     [ -x "$python" ] || fail "$python does not exist; run: bash scripts/install.sh"
     printf '%s' "$python"
 }
+
+# run_module NAME ARGS...: `python -m NAME` of this project, whichever folder the user stands in (`-m` alone
+# would take a package of the same name from there).
+run_module() {
+    local python
+    python="$(project_python)"
+    exec "$python" -c 'import runpy, sys
+sys.path[0] = sys.argv.pop(1)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)' "$PROJECT" "$@"
+}

@@ -3,4 +3,4 @@
 #   bash scripts/dist_stop_docker.sh HOSTFILE EXP
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec "$(project_python)" -m aquila.launch dist-stop "$@"
+run_module aquila.launch dist-stop "$@"

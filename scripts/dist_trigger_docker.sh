@@ -3,4 +3,4 @@
 #   bash scripts/dist_trigger_docker.sh HOSTFILE CONFIG.yaml MODEL EXP [key=value ...] [--wait] [--dry-run] [--no-preflight]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec "$(project_python)" -m aquila.launch dist "$@"
+run_module aquila.launch dist "$@"

@@ -3,4 +3,4 @@
 #   bash scripts/local_stop_docker.sh EXP
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec "$(project_python)" -m aquila.launch stop "$@"
+run_module aquila.launch stop "$@"

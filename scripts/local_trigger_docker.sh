@@ -3,4 +3,4 @@
 #   bash scripts/local_trigger_docker.sh HOSTFILE CONFIG.yaml MODEL EXP [key=value ...] [--wait] [--dry-run] [--no-preflight]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-exec "$(project_python)" -m aquila.launch local "$@"
+run_module aquila.launch local "$@"

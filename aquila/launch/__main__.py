@@ -3,11 +3,10 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from aquila.errors import UserError, run_command
 from aquila.launch.checks import WARN, Checked, check_run
-from aquila.launch.code import ROOT
+from aquila.launch.code import find_config_argument, find_file
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.runs import check_experiment
@@ -58,16 +57,11 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def find_file(name: str) -> Path:
-    """A file as named from here, else from the project's folder."""
-    return Path(name) if Path(name).exists() or Path(name).is_absolute() else ROOT / name
-
-
 def trigger(arguments: argparse.Namespace) -> int:
     """Checks everything, then starts the run."""
     local = arguments.command == "local"
     experiment = check_experiment(arguments.experiment)
-    config = str(Path(arguments.config).resolve()) if Path(arguments.config).is_file() else arguments.config
+    config = find_config_argument(arguments.config)
     checked = check_run(
         find_file(arguments.hostfile), config, arguments.model, arguments.overrides, local=local
     )

@@ -13,3 +13,13 @@ def code_fingerprint(root: Path = ROOT) -> str:
     for path in sorted((root / "aquila").rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def find_file(name: str) -> Path:
+    """A file as named from here, else from the project's folder."""
+    return Path(name) if Path(name).exists() or Path(name).is_absolute() else ROOT / name
+
+
+def find_config_argument(name: str) -> str:
+    """CONFIG as a rank in the project's folder will find it: whole where it is a path from here."""
+    return str(Path(name).resolve()) if Path(name).is_file() else name

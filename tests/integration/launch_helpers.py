@@ -1,0 +1,115 @@
+"""What the launcher's tests share: a copy of the project to run in, stand-in ranks, a look for leftovers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDIN = ROOT / "tests" / "integration" / "standin_rank.py"
+
+_LAUNCH = """
+import json, sys
+from aquila.launch.launcher import launch
+request = json.loads(sys.argv[1])
+sys.exit(launch(request, wait=request.pop("wait")))
+"""
+
+
+def copy_project(folder: Path) -> Path:
+    """A project of its own under `folder`: runs there touch nothing here."""
+    project = folder / "project"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("aquila", "scripts", "configs", "data_tools"):
+        shutil.copytree(ROOT / name, project / name, ignore=ignore)
+    (project / "checkpoints_in").mkdir()
+    return project
+
+
+def environment(project: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+    return {**kept, "PYTHONPATH": str(project), "AQUILA_PYTHON": sys.executable}
+
+
+def standin_request(experiment: str = "exp", **changes: Any) -> dict[str, Any]:
+    """A launch of stand-in ranks on this machine: see `controller.Controller`."""
+    steps, seconds = changes.pop("steps", 5), changes.pop("seconds", 0.1)
+    request = {
+        "nodes": [{"host": "localhost", "slots": 2, "here": True}],
+        "experiment": experiment,
+        "resume": "auto",
+        "command": [sys.executable, str(STANDIN), str(steps), str(seconds), experiment],
+        "overrides": [],
+        "environment": {},
+        "node_timeout": 60.0,
+        "stop_command": "",
+        "wait": True,
+    }
+    return {**request, **changes}
+
+
+def start_launch(project: Path, request: dict[str, Any]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _LAUNCH, json.dumps(request)],
+        cwd=project, env=environment(project), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def launch(project: Path, request: dict[str, Any], timeout: float = 60) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one launch."""
+    process = start_launch(project, request)
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def processes_of(project: Path) -> list[psutil.Process]:
+    """Every process that works in the project's copy or names it: what must not be left."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            place = process.cwd()
+        except psutil.Error:
+            continue
+        mine = process.pid == os.getpid()
+        if not mine and process.status() != psutil.STATUS_ZOMBIE and str(project) in (words + " " + place):
+            found.append(process)
+    return found
+
+
+def assert_nothing_left(project: Path, within: float = 15) -> None:
+    deadline = time.monotonic() + within
+    while (left := processes_of(project)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, [(process.pid, process.cmdline()) for process in left]
+
+
+def wait_for(condition, timeout: float = 30, every: float = 0.1) -> Any:
+    """The condition's first true value. Raises `TimeoutError`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise TimeoutError(f"not within {timeout} s")
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def versions(project: Path, experiment: str = "exp") -> list[Path]:
+    return sorted((project / "checkpoints_out" / experiment).glob("2*"))
+
+
+def steps(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
