@@ -1,0 +1,272 @@
+"""From prompts to new tokens: prefill, steps over a changing set of rows, and the reasons to end."""
+
+import secrets
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aquila.errors import UserError
+from aquila.generation.cache import RowCache
+from aquila.generation.sampling import Sampling, draw, penalize
+from aquila.generation.step import DecodeStep
+from aquila.model import AquilaModel, KVCache
+
+
+class Sequence:
+    """One prompt and its answer, as tokens. `finish_reason`: stop, length, context, or None while open."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling):
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.sampling = sampling
+        self.seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
+        # Each sequence draws from its own generator: its neighbours in a batch change nothing.
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.finish_reason: str | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+def window(tokens: list[int], size: int) -> list[int]:
+    """What the model sees of `tokens` when its context of `size` slides.
+
+    All of them while they fit; after that the first token ([CLS]) and the latest, dropped half a window at
+    a time, so that the cache is computed anew once in half a window and not for every token.
+    """
+    if len(tokens) < size:
+        return tokens
+    half = max(size // 2, 1)
+    dropped = -(-(len(tokens) - size + 1) // half) * half
+    return [tokens[0], *tokens[dropped + 1 :]]
+
+
+class Decoder:
+    """Answers sequences in up to `rows` rows at once; rows enter and leave at any step.
+
+    `stop_ids` end an answer and are not part of it. At the end of the model's context an answer ends with
+    reason "context", unless `sliding`. `use_cache=False` computes everything anew for every token: slow, and
+    the definition that the cache is tested against.
+    """
+
+    def __init__(
+        self,
+        model: AquilaModel,
+        rows: int,
+        *,
+        max_length: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        sliding: bool = False,
+        use_cache: bool = True,
+    ):
+        config = model.config
+        weight = model.tok_embeddings.weight
+        self.model, self.rows, self.stop_ids, self.sliding = model, rows, stop_ids, sliding
+        self.device, self.dtype = weight.device, weight.dtype
+        self.context = config.max_seq_len
+        self.max_length = min(max_length or self.context, self.context)
+        self.active: list[Sequence] = []
+        self._step = DecodeStep(model) if use_cache else None
+        self._cache: RowCache | None = None
+
+    def sequence(self, prompt: list[int], sampling: Sampling) -> Sequence:
+        """A new sequence. Raises `UserError` for a prompt that the model cannot take."""
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        if (top := max(prompt)) >= self.model.config.vocab_size or min(prompt) < 0:
+            raise UserError(
+                f"token {top if top > 0 else min(prompt)} is not in the model's vocabulary of "
+                f"{self.model.config.vocab_size}: are tokenizer and model of one kind?"
+            )
+        if len(prompt) >= self.context and not self.sliding:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the model's context holds {self.context}, answer "
+                "included; shorten the prompt, or let the window slide (--sliding)"
+            )
+        return Sequence(prompt, sampling)
+
+    def run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int | None]]:
+        """Answers all `sequences`, as many at once as there are rows; yields (sequence, new token).
+
+        The token is None when a sequence ends without one. A sequence's last item has its `finish_reason`
+        set. Sequences dropped meanwhile end silently.
+        """
+        waiting = list(sequences)
+        while waiting or self.active:
+            free = self.rows - len(self.active)
+            entering, waiting = waiting[:free], waiting[free:]
+            entering = [sequence for sequence in entering if sequence.finish_reason is None]
+            yield from self.admit(entering) if entering else self.step()
+
+    @torch.inference_mode()
+    def admit(self, sequences: list[Sequence]) -> list[tuple[Sequence, int | None]]:
+        """Prefills new sequences and gives each its first token."""
+        assert len(self.active) + len(sequences) <= self.rows
+        events = []
+        for sequence in sequences:
+            if sequence.sampling.max_new_tokens == 0:
+                sequence.finish_reason = "length"
+                events.append((sequence, None))
+        entering = [sequence for sequence in sequences if sequence.finish_reason is None]
+        for group in _alike(entering, self.context):
+            logits = self._prefill(group)
+            self.active += group
+            events += self._choose(group, logits)
+        return events
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, int | None]]:
+        """One more token for every active sequence."""
+        if not self.active:
+            return []
+        if self._step is None:
+            group = list(self.active)
+            return self._choose(group, torch.cat([self._whole(sequence) for sequence in group]))
+        full = [sequence for sequence in self.active if self._is_full(sequence)]
+        events = []
+        for sequence in full:  # only when sliding: compute the window anew
+            self._leave(sequence)
+        if self.active:
+            group = list(self.active)
+            tokens = torch.tensor([sequence.tokens[-1] for sequence in group], device=self.device)
+            events += self._choose(group, self._step(tokens, self._cache))
+        if full:
+            events += self.admit(full)
+        return events
+
+    @torch.inference_mode()
+    def drop(self, sequence: Sequence) -> None:
+        """Ends a sequence before its time; one that has ended is left as it is."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "dropped"
+        if sequence in self.active:
+            self._leave(sequence)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return self._cache.lengths[self.active.index(sequence)] + 1 >= self.context
+
+    def _seen(self, sequence: Sequence) -> list[int]:
+        return window(sequence.tokens, self.context) if self.sliding else sequence.tokens
+
+    def _prefill(self, group: list[Sequence]) -> Tensor:
+        """Logits (n, V) after each prompt of `group`, computed as one batch padded on the right.
+
+        Causal attention keeps a real token from seeing the padding behind it; the padding's own keys
+        are never copied into the row cache.
+        """
+        if self._step is None:
+            return torch.cat([self._whole(sequence) for sequence in group])
+        prompts = [self._seen(sequence) for sequence in group]
+        lengths = [len(prompt) for prompt in prompts]
+        padded = torch.zeros(len(group), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : lengths[row]] = torch.tensor(prompt)
+        config = self.model.config
+        filled = KVCache(config, len(group), max(lengths), device=self.device, dtype=self.dtype)
+        hidden = self.model.hidden(padded.to(self.device), cache=filled)
+        self._make_room(max(lengths))
+        for row, length in enumerate(lengths):
+            self._cache.append(filled, row, length)
+        ends = torch.tensor(lengths, device=self.device) - 1
+        return self.model.output(hidden[torch.arange(len(group), device=self.device), ends])
+
+    def _make_room(self, length: int) -> None:
+        if self._cache is None:
+            limit = self.context if self.sliding else self.max_length
+            size = max(limit, length)
+            self._cache = RowCache(self.model.config, self.rows, size, self.device, self.dtype)
+
+    def _whole(self, sequence: Sequence) -> Tensor:
+        """Logits (1, V) without any cache."""
+        tokens = torch.tensor([self._seen(sequence)], device=self.device)
+        return self.model.output(self.model.hidden(tokens)[:, -1])
+
+    def _choose(self, group: list[Sequence], logits: Tensor) -> list[tuple[Sequence, int | None]]:
+        """A token for each sequence from its row of `logits` (n, V); ended sequences leave."""
+        # The draw is done on the CPU, so that a seed means the same on every device.
+        logits = logits.float().cpu()
+        greedy = logits.argmax(-1).tolist()
+        events = []
+        for row, sequence in enumerate(group):
+            sampling = sequence.sampling
+            token = greedy[row]
+            if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+                values = logits[row]
+                if sampling.repetition_penalty != 1:
+                    values = penalize(values, torch.tensor(sequence.tokens), sampling.repetition_penalty)
+                token = draw(values, sampling, sequence.generator)
+            events.append((sequence, self._take(sequence, token)))
+        return events
+
+    def _take(self, sequence: Sequence, token: int) -> int | None:
+        """Adds a token to its sequence, unless it is a stop token; sets the reason when it was the last."""
+        if token in self.stop_ids:
+            sequence.finish_reason = "stop"
+        else:
+            sequence.tokens.append(token)
+            if len(sequence.tokens) - sequence.prompt_length >= sequence.sampling.max_new_tokens:
+                sequence.finish_reason = "length"
+            elif len(sequence.tokens) >= self.context and not self.sliding:
+                sequence.finish_reason = "context"
+        if sequence.finish_reason is not None:
+            self._leave(sequence)
+        return None if token in self.stop_ids else token
+
+    def _leave(self, sequence: Sequence) -> None:
+        row = self.active.index(sequence)
+        if self._step is not None:
+            self._cache.remove(row)
+        self.active[row] = self.active[-1]
+        self.active.pop()
+
+
+def _alike(sequences: list[Sequence], context: int) -> list[list[Sequence]]:
+    """Groups of similar prompt length, so that padding costs at most about a quarter."""
+    groups: list[list[Sequence]] = []
+    for sequence in sorted(sequences, key=lambda item: len(item.tokens)):
+        length = min(len(sequence.tokens), context)
+        if groups and length <= 1.25 * min(len(groups[-1][0].tokens), context) + 8:
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    return groups
+
+
+def generate(
+    model: AquilaModel,
+    prompts: list[list[int]],
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 30,
+    top_p: float = 0.95,
+    *,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop_ids: frozenset[int] | set[int] = frozenset(),
+    rows: int = 16,
+    sliding: bool = False,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """New tokens for each of `prompts` (token ids, of any lengths); the defaults are the original's.
+
+    `temperature=0` is greedy. A prompt in a batch gets what it gets alone: with a `seed`, each prompt draws
+    from a generator of its own started there. An answer ends before a token of `stop_ids`, after
+    `max_new_tokens`, or when the model's context is full (unless `sliding`). Raises `UserError` for a
+    prompt or a value that cannot be.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    decoder = Decoder(
+        model,
+        max(1, min(rows, len(prompts))),
+        max_length=longest + max_new_tokens,
+        stop_ids=frozenset(stop_ids),
+        sliding=sliding,
+        use_cache=use_cache,
+    )
+    sequences = [decoder.sequence(prompt, sampling) for prompt in prompts]
+    for _ in decoder.run(sequences):
+        pass
+    return [sequence.new_tokens for sequence in sequences]

@@ -1,0 +1,72 @@
+"""Loads a model folder to talk to: weights, tokenizer, and a line that says what was loaded."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aquila.backend import DEVICE_TYPES, detect, get_backend
+from aquila.errors import UserError
+from aquila.model import AquilaModel
+from aquila.model.weights import Weights, load_config
+from aquila.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: AquilaModel
+    tokenizer: Tokenizer
+    model_dir: Path
+    description: str
+    """One line for people: folder, size, dtype, device, seconds."""
+
+
+def load(model_dir: Path, *, device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Loaded:
+    """The model and tokenizer of `model_dir`.
+
+    `device` auto is the best that this machine has; `dtype` auto is the stored one (fp16 becomes bf16 where
+    the device lacks it). Raises `UserError` for a folder that does not load, or a tokenizer with more ids
+    than the model.
+    """
+    started = time.perf_counter()
+    if threads:
+        torch.set_num_threads(threads)
+    device = detect() if device == "auto" else device
+    if device not in DEVICE_TYPES or not get_backend(device).device_count():
+        raise UserError(
+            f"device '{device}' is not here; this machine has {detect()} (--device auto finds it)"
+        )
+    tokenizer = load_tokenizer(model_dir)
+    config = load_config(model_dir)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}; "
+            "they are not of one kind: copy the tokenizer's files that the model was trained with"
+        )
+    chosen = _stored_dtype(model_dir, config, device) if dtype == "auto" else DTYPES[dtype]
+    model = AquilaModel.from_pretrained(model_dir, dtype=chosen, device=device)
+    model.eval().requires_grad_(False)
+    seconds = time.perf_counter() - started
+    name = next(key for key, value in DTYPES.items() if value == chosen)
+    description = (
+        f"{model_dir}: {_size(model.parameter_count())} parameters, {name} on {device}, "
+        f"context {config.max_seq_len} tokens, loaded in {seconds:.1f} s"
+    )
+    return Loaded(model, tokenizer, model_dir, description)
+
+
+def _stored_dtype(model_dir: Path, config, device: str) -> torch.dtype:
+    stored = Weights(model_dir, config).info["tok_embeddings.weight"].dtype
+    if stored == torch.float16 and "fp16" not in get_backend(device).supported_precisions():
+        return torch.bfloat16
+    return stored if stored in DTYPES.values() else torch.float32
+
+
+def _size(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)

@@ -1,0 +1,97 @@
+"""One new token for every row: the model's forward at its smallest, with as few calls as it takes.
+
+At one token a row the weights are read once for little arithmetic, so time is memory bandwidth plus the
+overhead of every call. Hence the fused matrices (query, key and value in one; gate and up in one) and the
+joint rotation of queries and keys. Tests hold it equal to `AquilaModel`.
+
+Shapes: n rows, H query heads, K key and value heads, D head size, T longest row with its new token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquila.generation.cache import RowCache
+from aquila.model import AquilaModel
+
+
+def fuse(parts: list[torch.nn.Linear]) -> Tensor:
+    """The weights of `parts` as one matrix, rows after rows.
+
+    The parts' parameters become views of it: nothing is held twice, and the model stays whole.
+    """
+    first = parts[0].weight
+    storage = first.untyped_storage().data_ptr()
+    sizes = [part.weight.shape[0] for part in parts]
+    fused = first.new_empty(sum(sizes), first.shape[1])
+    if all(part.weight.untyped_storage().data_ptr() == storage for part in parts):
+        whole = first.as_strided((sum(sizes), first.shape[1]), first.stride(), first.storage_offset())
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        starts = [whole[end - size].data_ptr() for end, size in zip(ends, sizes, strict=True)]
+        if starts == [part.weight.data_ptr() for part in parts]:
+            return whole.detach()  # fused before
+    for part, piece in zip(parts, fused.split(sizes), strict=True):
+        piece.copy_(part.weight.detach())
+        part.weight.data = piece
+    return fused
+
+
+class DecodeStep:
+    """`step(tokens, cache)`: logits of the next token of every row, and the cache one token longer."""
+
+    def __init__(self, model: AquilaModel):
+        self.model = model
+        config = model.config
+        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        self.layers = [
+            (
+                layer.attention_norm,
+                fuse([layer.attention.wq, layer.attention.wk, layer.attention.wv]),
+                layer.attention.wo.weight.detach(),
+                layer.ffn_norm,
+                fuse([layer.feed_forward.w1, layer.feed_forward.w3]),
+                layer.feed_forward.w2.weight.detach(),
+            )
+            for layer in model.layers
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, cache: RowCache) -> Tensor:
+        """tokens int64 (n,), each row's latest, not yet in `cache`; returns logits (n, V)."""
+        model, n, width = self.model, tokens.shape[0], self.heads * self.head_dim
+        turning = self.heads + self.kv_heads
+        longest = max(cache.lengths) + 1
+        cache.reach(longest)
+        seen = cache.visible()
+        rows, places = self._places(cache, seen is None, tokens.device)
+        turn = self._turn(cache.lengths, longest, tokens.device)  # complex64 (n, 1, D / 2)
+        x = F.embedding(tokens, model.tok_embeddings.weight)  # (n, dim)
+        for (attention_norm, wqkv, wo, ffn_norm, w13, w2), kv in zip(self.layers, cache.kv, strict=True):
+            qkv = F.linear(_norm(x, attention_norm), wqkv).view(n, -1, self.head_dim)  # (n, H + 2 K, D)
+            pairs = torch.view_as_complex(qkv[:, :turning].float().unflatten(-1, (-1, 2)))
+            qkv[:, :turning] = torch.view_as_real(pairs * turn).flatten(-2)
+            kv[rows, :, places] = qkv[:, self.heads :]
+            q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # (n, K, H / K, D)
+            k, v = kv[:n, : self.kv_heads, :longest], kv[:n, self.kv_heads :, :longest]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            x = x + F.linear(out.reshape(n, width), wo)
+            gate, up = F.linear(_norm(x, ffn_norm), w13).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, w2)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return F.linear(_norm(x, model.norm), model.output.weight)
+
+    def _places(self, cache: RowCache, same: bool, device: torch.device):
+        """Where the new keys and values go: a slice and one place, or an index pair for unequal rows."""
+        n = len(cache.lengths)
+        if same:
+            return slice(0, n), cache.lengths[0]
+        return torch.arange(n, device=device), torch.tensor(cache.lengths, device=device)
+
+    def _turn(self, lengths: list[int], longest: int, device: torch.device) -> Tensor:
+        cos, sin = self.model.rotary_tables.on(device, longest)
+        places = torch.tensor(lengths, device=device)
+        return torch.complex(cos[places], sin[places])[:, None]
+
+
+def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)

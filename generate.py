@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Talks to a model: one prompt, a file of prompts, a conversation, or an endpoint for other programs.
+
+Without --model-dir it loads the newest checkpoint of the newest run under checkpoints_out.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from aquila.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; defaults of the sampling are the original recipe's."""
+    parse = argparse.ArgumentParser(prog="generate.py", description=__doc__)
+    parse.add_argument(
+        "--model-dir", metavar="DIR", help="a model folder, a run, or a name in checkpoints_in"
+    )
+    parse.add_argument("--device", default="auto", metavar="D", help="default: the best that is here")
+    parse.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: as stored"
+    )
+    parse.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+
+    what = parse.add_argument_group("what to answer (default: a conversation, or standard input's lines)")
+    which = what.add_mutually_exclusive_group()
+    which.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    which.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, or .jsonl with a key prompt")
+    what.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers for each prompt")
+    what.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+
+    how = parse.add_argument_group("how to choose tokens")
+    how.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest")
+    how.add_argument("--top-k", type=int, default=30, metavar="K", help="0: all")
+    how.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    how.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1: none")
+    how.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    how.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    how.add_argument(
+        "--sliding", action="store_true", help="go on past the context by dropping its beginning"
+    )
+    return parse
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    if arguments.num_samples < 1:
+        raise UserError(f"--num-samples must be 1 or more (got {arguments.num_samples})")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UserError(f"--threads must be 1 or more (got {arguments.threads})")
+    # Imported here, so that --help and a wrong path are answered without waiting for torch.
+    from aquila.generation.find import find_model_dir
+
+    here = Path.cwd()
+    model_dir = find_model_dir(arguments.model_dir, here if (here / "checkpoints_out").is_dir() else ROOT)
+    from aquila.generation import batch, screen, terminal
+    from aquila.generation.load import load
+    from aquila.generation.sampling import Sampling
+    from aquila.generation.session import Session
+
+    screen.use_utf8()
+    sampling = Sampling(
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.repetition_penalty,
+        arguments.seed,
+        tuple(arguments.stop),
+    )
+    prompts = [arguments.prompt] if arguments.prompt is not None else None
+    if arguments.prompt_file is not None:
+        prompts = batch.read_prompts(Path(arguments.prompt_file))
+    loaded = load(model_dir, device=arguments.device, dtype=arguments.dtype, threads=arguments.threads)
+    print(loaded.description, file=sys.stderr, flush=True)
+    session = Session(loaded, sampling, sliding=arguments.sliding)
+    if prompts is not None:
+        return batch.run_prompts(session, prompts, arguments.num_samples, arguments.json)
+    if sys.stdin.isatty():
+        return terminal.converse(session, arguments.json)
+    return terminal.converse_by_lines(session, arguments.json)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,168 @@
+"""`python generate.py` as a user runs it: real processes, a real model folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.unit.generation.models import write_model_dir
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, root):
+    return write_model_dir(tmp_path_factory.mktemp("model"), root)
+
+
+@pytest.fixture(scope="module")
+def run(root, model_dir):
+    def call(*arguments, stdin="", status=0, where=None, model=model_dir):
+        chosen = ["--model-dir", str(model)] if model else []
+        command = [sys.executable, str(root / "generate.py"), *chosen, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command,
+            input=stdin.encode(),
+            capture_output=True,
+            cwd=where or root,
+            env=environment,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stderr.decode()
+        return done.stdout.decode(), done.stderr.decode()
+
+    return call
+
+
+def test_one_shot_writes_the_answer_alone_on_standard_output(run):
+    text, messages = run("--prompt", "one plus two", "--max-new-tokens", 12, "--seed", 1)
+    again, _ = run("--prompt", "one plus two", "--max-new-tokens", 12, "--seed", 1, "--json")
+    answer = json.loads(again)
+    assert text == answer["text"] + "\n"
+    assert answer["new_tokens"] == len(answer["token_ids"]) <= 12
+    assert answer["prompt"] == "one plus two"
+    assert "parameters" in messages
+
+
+def test_prompt_begins_with_cls_and_has_no_end(run, root):
+    from aquila.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(root / "checkpoints_in" / "aquila-tiny").encode("one plus")
+    answer = json.loads(run("--prompt", "one plus", "--max-new-tokens", 1, "--json")[0])
+    assert answer["prompt_tokens"] == len(ids) + 1
+
+
+def test_greedy_from_the_command_is_greedy_from_python(run, model_dir):
+    from aquila.generation import generate
+    from aquila.model import AquilaModel
+    from aquila.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir)
+    prompt = [tokenizer.bos_id, *tokenizer.encode("三加四")]
+    stops = {tokenizer.eos_id, tokenizer.pad_id}
+    model = AquilaModel.from_pretrained(model_dir)
+    expected = generate(model, [prompt], max_new_tokens=16, temperature=0.0, stop_ids=stops)[0]
+    answer = json.loads(run("--prompt", "三加四", "--max-new-tokens", 16, "--temperature", 0, "--json")[0])
+    assert answer["token_ids"] == expected
+
+
+def test_prompt_file_and_samples(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n两个字\n", encoding="utf-8")
+    out, _ = run(
+        "--prompt-file", file, "--num-samples", 2, "--seed", 5, "--temperature", 1.5,
+        "--json", "--max-new-tokens", 6,
+    )  # fmt: skip
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "one", "两个字", "两个字"]
+    assert [answer["seed"] for answer in answers] == [5, 6, 5, 6]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "one\ntwo"}) + "\n")
+    out, _ = run("--prompt-file", file, "--json", "--max-new-tokens", 2)
+    assert json.loads(out)["prompt"] == "one\ntwo"
+
+
+def test_piped_lines_are_answered_in_turn(run):
+    settings = ("--max-new-tokens", 4, "--temperature", 0, "--json")
+    out, _ = run(*settings, stdin="one\n\n/set max_new_tokens 2\n你好🙂\nexit\nnever\n")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "你好🙂"]
+    assert answers[1]["new_tokens"] <= 2
+
+
+def test_a_long_line_is_refused_or_slides(run):
+    long = "x1 " * 5000
+    _, messages = run("--max-new-tokens", 2, stdin=f"{long}\nshort\n", status=2)
+    assert "context holds 128" in messages
+    answer = json.loads(run("--max-new-tokens", 140, "--sliding", "--json", stdin=long + "\n")[0])
+    assert answer["prompt_tokens"] > 5000
+    assert answer["finish_reason"] in ("length", "stop")
+
+
+def test_full_context_is_said(run):
+    # Prompt and answer share 128 places.
+    out, messages = run("--prompt", "a" * 20, "--max-new-tokens", 500, "--temperature", 0, "--seed", 0)
+    assert "--sliding" in messages or len(out) > 0
+    answer = json.loads(run("--prompt", "a" * 20, "--max-new-tokens", 500, "--temperature", 0, "--json")[0])
+    if answer["finish_reason"] == "context":
+        assert answer["prompt_tokens"] + answer["new_tokens"] == 128
+
+
+def test_stop_string(run):
+    base = ("--prompt", "one", "--max-new-tokens", 30, "--temperature", 0)
+    whole = run(*base)[0].rstrip("\n")
+    stop = whole[4:6]
+    assert run(*base, "--stop", stop)[0] == whole[: whole.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--prompt", "x", "--top-p", "2"), "top-p"),
+        (("--prompt", "x", "--num-samples", "0"), "num-samples"),
+        (("--prompt-file", "no-such-file"), "cannot be read"),
+        (("--prompt", "x", "--device", "abacus"), "abacus"),
+        (("--prompt", "x", "--top-k", "many"), "top-k"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_clear_message(run, arguments, message):
+    out, messages = run(*arguments, status=2)
+    assert message in messages
+    assert "Traceback" not in messages
+    assert out == ""
+
+
+def test_newest_run_is_found_and_its_absence_explained(run, model_dir, tmp_path):
+    (tmp_path / "checkpoints_out").mkdir()
+    _, messages = run("--prompt", "x", model=None, where=tmp_path, status=2)
+    assert "quickstart.sh" in messages
+    step = tmp_path / "checkpoints_out" / "exp" / "v1" / "checkpoints" / "step-00000010"
+    step.parent.mkdir(parents=True)
+    os.symlink(model_dir, step)
+    (step.parent / "latest").write_text(step.name)
+    out, messages = run("--prompt", "x", "--json", "--max-new-tokens", 2, model=None, where=tmp_path)
+    assert "step-00000010" in messages
+    assert json.loads(out)["new_tokens"] <= 2
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(run, root, tmp_path):
+    folder = write_model_dir(tmp_path, root, vocab_size=900)
+    _, messages = run("--prompt", "x", model=folder, status=2)
+    assert "1217" in messages
+    assert "900" in messages
+
+
+def test_start_takes_under_three_seconds(root):
+    """Everything before the weights: a user who mistypes a path, or waits, should not wait for imports."""
+    code = (
+        "import time; start = time.perf_counter(); import generate\n"
+        "import aquila.generation.load, aquila.generation.batch, aquila.generation.terminal\n"
+        "print(time.perf_counter() - start)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root, check=True).stdout)
+        for _ in range(2)
+    )
+    assert seconds < 3
