@@ -141,7 +141,13 @@ def _data(config: EffectiveConfig, root: Path) -> str:
     from aquila.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model_dir)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{config.model_dir}: its tokenizer has {tokenizer.vocab_size} ids, but config.json says "
+            f"vocab_size {config.model.vocab_size}; one of them belongs to another model"
+        )
     prefixes, _ = parse_blend(config.run.data_prefix)
-    for prefix in prefixes:
-        check_dataset(root / prefix, tokenizer, config.model.vocab_size)
-    return f"{len(prefixes)} dataset(s)"
+    notes = [check_dataset(root / prefix, tokenizer, config.model.vocab_size) for prefix in prefixes]
+    if any(notes):
+        raise Warned("; ".join(filter(None, notes)))
+    return f"{len(prefixes)} dataset(s) made with this tokenizer"
