@@ -196,7 +196,7 @@ class Controller:
                 mark=f"{self.run_id}-{member.index}", generation=self.generation,
                 n_nodes=len(members), node_rank=node_rank, first_rank=first_rank, slots=member.slots,
                 master_address=address, master_port=port, address=self.address_of(member),
-                command=[*self.request["command"], "--version", self.version, *self.request["overrides"]],
+                command=[*self.request["command"], "--version", self.version, *self.request["arguments"]],
                 environment={} if member.here else self.request["environment"],
             )  # fmt: skip
             first_rank += member.slots

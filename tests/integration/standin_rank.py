@@ -1,6 +1,6 @@
 """A rank for tests of the launcher: no torch, the training program's outer behaviour alone.
 
-    standin_rank.py STEPS STEP_SECONDS RANK=WHAT ... --version VERSION [key=value ...]
+    standin_rank.py --version VERSION STEPS STEP_SECONDS EXP [rankN=WHAT ...] [key=value ...]
 
 Rank 0 writes metrics.jsonl. WHAT makes a rank misbehave at step 3: `raise`, `user` (exit status 2), `kill`
 (SIGKILL to itself), `hang`. SIGTERM saves a checkpoint and leaves with 75.
@@ -17,9 +17,8 @@ from aquila.errors import EXIT_STOPPED, UserError, run_command
 
 
 def main() -> int:
-    words = sys.argv[1:]
+    _, version, *words = sys.argv[1:]
     steps, seconds, experiment = int(words[0]), float(words[1]), words[2]
-    version = words[words.index("--version") + 1]
     behaviour = dict(word.split("=", 1) for word in words if word.startswith("rank"))
     rank = int(os.environ["RANK"])
     run_dir = Path("checkpoints_out") / experiment / version
