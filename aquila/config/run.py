@@ -111,6 +111,16 @@ class RunConfig(StrictModel):
     max_bad_steps: PositiveInt = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
 
+    # Nodes (read by the launch scripts)
+    max_restarts: NonNegativeInt = 0
+    """How often ranks are started again from the newest checkpoint after a failure or a lost node."""
+    rejoin_timeout: NonNegativeFloat = 600
+    """Seconds to wait for a lost node before going on without it, or giving up."""
+    min_nodes: PositiveInt | None = None
+    """Go on with this many nodes when others do not come back; all of them are needed when absent."""
+    node_timeout: PositiveFloat = 60
+    """Seconds without a sign of life after which a node counts as lost."""
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         parse_split(self.split)
