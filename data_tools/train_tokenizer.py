@@ -24,7 +24,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[s
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        # A small corpus would make tokens of whole sentences; 12 letters hold a word, or 4 characters of 3 bytes.
+        # Else a small corpus would make tokens of whole sentences.
         max_token_length=12,
         show_progress=False,
     )

@@ -1,0 +1,1 @@
+"""Corpora as samples in a provable order, and the making of indexed datasets."""

@@ -1,0 +1,129 @@
+"""Micro batches for the model: tokens, labels, loss mask, document numbers, prepared ahead in a thread."""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from aquila.data.indexed import SampleStream
+from aquila.data.sampler import micro_batch_indices
+
+_AHEAD = 4
+"""Micro batches that wait ready."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro step of one rank; every tensor is (micro batch, seq_length)."""
+
+    tokens: torch.Tensor
+    """int64 inputs."""
+    labels: torch.Tensor
+    """int64: the token after each input. Shifted here, once; the model never shifts."""
+    loss_mask: torch.Tensor
+    """float32: 1 where the label counts. A new tensor in every batch: nobody's edits reach another.
+
+    With document numbers, predicting the first token of the next document from the end of the one
+    before does not count; nothing else is left out, whatever its id."""
+    documents: torch.Tensor | None
+    """int64: which document of its row each input belongs to; None for plain causal attention."""
+    first_sample: int
+    """The batch's first sample of the stream; its samples are consecutive."""
+
+
+def make_batch(stream: SampleStream, samples: range, document_mask: bool = False) -> Batch:
+    """The batch of these samples, on the CPU."""
+    drawn = [stream[k] for k in samples]
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in drawn]))
+    loss_mask = torch.ones(len(drawn), tokens.shape[1] - 1)
+    documents = None
+    if document_mask:
+        numbers = torch.from_numpy(np.stack([sample.documents for sample in drawn]))
+        loss_mask[numbers[:, 1:] != numbers[:, :-1]] = 0.0
+        documents = numbers[:, :-1].contiguous()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), loss_mask, documents, samples.start)
+
+
+class Batches:
+    """Iterator over the micro batches of one rank, from `consumed_samples` on, without end.
+
+    A thread reads ahead; its errors come out of `next`. `close` ends it.
+    """
+
+    def __init__(
+        self,
+        stream: SampleStream,
+        consumed_samples: int,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        *,
+        document_mask: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._stream = stream
+        self._consumed = consumed_samples
+        self._place = (rank, world_size, micro_batch_size)
+        self._document_mask = document_mask
+        self._device = torch.device(device) if device is not None else torch.device("cpu")
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(_AHEAD)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closing.is_set():
+            raise StopIteration
+        batch = self._ready.get()
+        if isinstance(batch, BaseException):
+            self.close()
+            raise batch
+        if self._device.type == "cpu":
+            return batch
+        names = ("tokens", "labels", "loss_mask", "documents")
+        moved = {
+            name: tensor if tensor is None else tensor.to(self._device, non_blocking=True)
+            for name in names
+            for tensor in [getattr(batch, name)]
+        }
+        return Batch(**moved, first_sample=batch.first_sample)
+
+    def close(self) -> None:
+        """Ends the reading thread. Closing twice is no mistake."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+    def _read_ahead(self) -> None:
+        rank, world_size, micro_batch_size = self._place
+        consumed = self._consumed
+        try:
+            while not self._closing.is_set():
+                samples = micro_batch_indices(consumed, rank, world_size, micro_batch_size)
+                batch = make_batch(self._stream, samples, self._document_mask)
+                self._hand_over(batch if self._device.type == "cpu" else _pinned(batch))
+                consumed += world_size * micro_batch_size
+        except BaseException as error:
+            self._hand_over(error)
+
+    def _hand_over(self, item: Batch | BaseException) -> None:
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def _pinned(batch: Batch) -> Batch:
+    """In page-locked memory, so that the copy to the device overlaps with computing."""
+    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
+    return Batch(*(t if t is None else t.pin_memory() for t in tensors), first_sample=batch.first_sample)

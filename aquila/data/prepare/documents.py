@@ -1,0 +1,204 @@
+"""From a block to its documents: the text of each, or what is wrong with it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from aquila.data.prepare.blocks import Block, FileBlock, ItemsBlock, LinesBlock, RangeBlock
+from aquila.data.prepare.inputs import ByteStream
+
+AQUILA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+AQUILA_ROLES = {
+    "human": "Human",
+    "user": "Human",
+    "gpt": "Assistant",
+    "assistant": "Assistant",
+    "system": "System",
+}
+TEMPLATES = ("plain", "aquila")
+_RAW_KEPT = 1 << 20
+
+
+class BadDocumentError(Exception):
+    """A document that cannot be taken; the message is the reason."""
+
+
+class Found(NamedTuple):
+    """A document of a block."""
+
+    line: int
+    """Line (row in Parquet) on which it begins: in its file, or in its block (`relative`)."""
+    texts: list[str] | None
+    """A text for each key; None for a bad one."""
+    reason: str = ""
+    raw: Any = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read."""
+
+    keys: tuple[str, ...] = ("text",)
+    template: str = "plain"
+
+
+def read_documents(block: Block, reading: Reading) -> tuple[Iterator[Found], int]:
+    """The documents of a block, and how many lines it holds where their numbers are relative, else 0."""
+    if isinstance(block, FileBlock):
+        return _whole_file(block), 0
+    if isinstance(block, ItemsBlock):
+        return _items(block, reading), 0
+    data = _read_range(block) if isinstance(block, RangeBlock) else block.data
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return _lines(block, lines, reading), len(lines)
+
+
+def _read_range(block: RangeBlock) -> bytes:
+    """The lines that begin in the range; the last may reach beyond it."""
+    with open(block.source.path, "rb") as file:
+        from_ = max(block.start - 1, 0)
+        file.seek(from_)
+        data = file.read(block.end - from_)
+        if block.start > 0:
+            line_end = data.find(b"\n")
+            if line_end < 0:
+                return b""
+            data = data[line_end + 1 :]
+        if data and not data.endswith(b"\n"):
+            data += file.readline()
+        return data
+
+
+def _lines(block: LinesBlock | RangeBlock, lines: list[bytes], reading: Reading) -> Iterator[Found]:
+    as_text = block.source.form == "text"
+    for number, line in enumerate(lines, start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            text = _decode(line)
+            texts = [_checked(text.rstrip("\r"))] if as_text else texts_of(_parse(text), reading)
+        except BadDocumentError as bad:
+            yield Found(number, None, str(bad), line)
+        else:
+            yield Found(number, texts)
+
+
+def _items(block: ItemsBlock, reading: Reading) -> Iterator[Found]:
+    for line, item in block.items:
+        try:
+            value = _parse(item) if isinstance(item, str) else item
+            yield Found(line, texts_of(value, reading))
+        except BadDocumentError as bad:
+            yield Found(line, None, str(bad), item)
+    if block.broken:
+        line, reason = block.broken
+        yield Found(line, None, f"{reason}; the rest of the file cannot be read", "")
+
+
+def _whole_file(block: FileBlock) -> Iterator[Found]:
+    with ByteStream(block.source) as stream:
+        parts = []
+        while chunk := stream.read(1 << 24):
+            parts.append(chunk)
+    data = b"".join(parts)
+    try:
+        yield Found(1, [_checked(_decode(data))])
+    except BadDocumentError as bad:
+        yield Found(1, None, str(bad), data)
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig") if data.startswith(b"\xef\xbb\xbf") else data.decode()
+    except UnicodeDecodeError as error:
+        raise BadDocumentError(f"invalid UTF-8 at byte {error.start + 1}") from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadDocumentError(f"not valid JSON: {error.msg} (character {error.pos + 1})") from None
+    except RecursionError:
+        raise BadDocumentError("not valid JSON: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadDocumentError(f"not valid JSON: {error}") from None
+
+
+def texts_of(value: Any, reading: Reading) -> list[str]:
+    """The text under each key of a JSON object; a conversation's turns where it has no such key.
+
+    Raises `BadDocumentError`.
+    """
+    if not isinstance(value, dict):
+        raise BadDocumentError(f"a JSON object is wanted, not {_kind(value)}")
+    if reading.keys == ("text",) and "text" not in value and "conversations" in value:
+        return [_checked(conversation(value["conversations"], reading.template))]
+    return [_checked(_under(value, key)) for key in reading.keys]
+
+
+def _under(value: dict[str, Any], key: str) -> str:
+    if key not in value:
+        has = ", ".join(map(repr, list(value)[:8])) or "nothing"
+        raise BadDocumentError(f"key '{key}' is missing (the object has {has})")
+    if not isinstance(value[key], str):
+        raise BadDocumentError(f"'{key}' holds {_kind(value[key])}, not text")
+    return value[key]
+
+
+def _checked(text: str) -> str:
+    if not text:
+        raise BadDocumentError("the document is empty")
+    if "\x00" in text:
+        raise BadDocumentError(f"NUL byte (character {text.index(chr(0)) + 1}): binary data?")
+    return text
+
+
+def conversation(turns: Any, template: str) -> str:
+    """The text of a FastChat conversation: `[{"from": ..., "value": ...}, ...]`.
+
+    `plain`: the turns' values joined by one newline. `aquila`: AquilaChat's form, as FastChat's template
+    "aquila-chat" writes it, `SYSTEM###Human: ...###Assistant: ...`; the document's `</s>` ends it.
+    Raises `BadDocumentError`.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadDocumentError("'conversations' must hold a list of turns")
+    values = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadDocumentError(f"turn {number} of the conversation has no text under 'value'")
+        values.append(turn["value"])
+    if template == "plain":
+        return "\n".join(values)
+    system, parts = AQUILA_SYSTEM, []
+    for number, (turn, value) in enumerate(zip(turns, values, strict=True), start=1):
+        role = AQUILA_ROLES.get(turn.get("from"))
+        if role is None:
+            known = ", ".join(AQUILA_ROLES)
+            raise BadDocumentError(f"turn {number} is from {turn.get('from')!r}; known are {known}")
+        if role == "System":
+            system = value
+        else:
+            parts.append(f"{role}: {value}")
+    return "###".join([system, *parts])
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def as_reject(path: str, line: int, reason: str, raw: Any) -> dict[str, Any]:
+    """A line of the rejects file. Bytes that are no UTF-8 appear as `\\udcXX`; at most 1 MiB is kept."""
+    if isinstance(raw, bytes):
+        text = raw[:_RAW_KEPT].decode("utf-8", "surrogateescape")
+    else:
+        text = (raw if isinstance(raw, str) else json.dumps(raw, default=str))[:_RAW_KEPT]
+    record = {"file": path, "line": line, "reason": reason, "raw": text}
+    return record | ({"cut_off": True} if len(raw) > len(text) > 0 and len(text) == _RAW_KEPT else {})

@@ -1,0 +1,169 @@
+"""Input files: which ones are meant, what they hold, how they are opened."""
+
+import glob
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from aquila.errors import UserError
+
+FORMS = {".jsonl": "lines", ".json": "values", ".txt": "text", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst")
+
+
+class DamagedInputError(UserError):
+    """An input that cannot be read to its end: cut off, or not of the format that its name says."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file."""
+
+    path: str
+    form: str
+    """`lines` (JSONL), `values` (a JSON array, or JSON values one after another), `text`, `parquet`."""
+    compression: str
+    """`.gz`, `.zst` or empty."""
+    size: int
+    """Bytes on disk."""
+    modified: int
+    """Time of the last change, ns: an interrupted run goes on only with unchanged inputs."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The files meant by paths, folders and globs: in the order given, and sorted by name within each.
+
+    Raises `UserError` for what does not exist, a folder or glob without matching files, an extension
+    that says nothing, and a file named twice.
+    """
+    paths = [path for item in inputs for path in _expand(item)]
+    seen: set[str] = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise UserError(f"input {path} is named twice; its documents would stand in the dataset twice")
+        seen.add(real)
+    return [_source(path) for path in paths]
+
+
+def _expand(item: str) -> list[str]:
+    known = ", ".join(FORMS) + ", each also .gz or .zst"
+    if os.path.isdir(item):
+        walked = (os.path.join(folder, name) for folder, _, names in os.walk(item) for name in names)
+        found = sorted(path for path in walked if _kind(path))
+        if not found:
+            raise UserError(f"input folder {item} holds no file of a known kind ({known})")
+        return found
+    if os.path.exists(item):
+        if not _kind(item):
+            raise UserError(f"input {item}: unknown kind of file; known are {known}")
+        return [item]
+    if glob.has_magic(item):
+        found = sorted(path for path in glob.glob(item, recursive=True) if _kind(path))
+        if not found:
+            raise UserError(f"input {item} matches no file of a known kind ({known})")
+        return found
+    raise UserError(f"input {item} does not exist")
+
+
+def _kind(path: str) -> tuple[str, str] | None:
+    stem, extension = os.path.splitext(path)
+    compression = extension if extension in COMPRESSIONS else ""
+    if compression:
+        extension = os.path.splitext(stem)[1]
+    form = FORMS.get(extension)
+    return (form, compression) if form and not (form == "parquet" and compression) else None
+
+
+def _source(path: str) -> Source:
+    form, compression = _kind(path)
+    try:
+        state = os.stat(path)
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"input {path} cannot be read: {error.strerror}") from None
+    return Source(path, form, compression, state.st_size, state.st_mtime_ns)
+
+
+class ByteStream:
+    """The bytes of a source, decompressed, with the position in the file on disk."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file = open(source.path, "rb")  # noqa: SIM115
+        self._stream = _OPENERS[source.compression](self._file, source)
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; empty at the end. Raises `DamagedInputError`."""
+        try:
+            return self._stream.read(size)
+        except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+            raise DamagedInputError(f"input {self._source.path}: cannot be decompressed: {error}") from None
+
+    def position(self) -> int:
+        """Bytes of the file on disk read so far."""
+        return self._file.tell()
+
+    def __enter__(self) -> "ByteStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _open_zstd(file: BinaryIO, source: Source) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"input {source.path}: .zst needs a package: run `pip install zstandard`") from None
+    return _WholeZstd(zstandard.ZstdDecompressor(), file)
+
+
+class _WholeZstd:
+    """A zstd stream of one or more frames whose cut-off end is an error, not an early end."""
+
+    def __init__(self, decompressor: Any, file: BinaryIO) -> None:
+        self._decompressor, self._file = decompressor, file
+        self._frame = decompressor.decompressobj()
+        self._rest = b""
+        self._fresh = True
+
+    def read(self, size: int) -> bytes:
+        while True:
+            chunk = self._rest or self._file.read(1 << 17)
+            self._rest = b""
+            if not chunk:
+                if not self._fresh:
+                    raise EOFError("the file ends within a compressed frame")
+                return b""
+            self._fresh = False
+            data = self._frame.decompress(chunk)
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+                self._fresh = True
+            if data:
+                return data
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ImportError:
+        return EOFError
+    return zstandard.ZstdError
+
+
+_OPENERS: dict[str, Callable[[BinaryIO, Source], BinaryIO]] = {
+    "": lambda file, source: file,
+    ".gz": lambda file, source: gzip.GzipFile(fileobj=file),
+    ".zst": _open_zstd,
+}

@@ -1,0 +1,67 @@
+"""Text files to P_text_document.bin, .idx and .meta.json, in parallel; an interrupted run goes on.
+
+Inputs are .jsonl, .json (an array, or FastChat conversations), .txt and .parquet files, also .gz and
+.zst, and folders and globs of them. Each document is framed as `[CLS] ids </s>`.
+"""
+
+import argparse
+import os
+
+from aquila.data.prepare.documents import TEMPLATES
+from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.errors import UserError, run_command
+from aquila.tokenizer import load_tokenizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="data_tools/make_indexed_dataset.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted globs, in order")
+    add("--output-prefix", required=True, metavar="P", help="P_text_document.* will be written")
+    add("--model-dir", required=True, metavar="DIR", help="model folder; only its tokenizer is read")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: %(default)s")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="a dataset for each; default: text")
+    add("--conversation-template", choices=TEMPLATES, default="plain", help="default: plain (turns by lines)")
+    add(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip: see P_text_document.rejects.jsonl",
+    )
+    add("--txt-documents", choices=("file", "line"), default="file", help="what a document is in .txt files")
+    add("--allow-special-tokens", action="store_true", help="parse [CLS], </s>, ... written in the text")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: give at least 1")
+    if len(set(arguments.json_keys)) != len(arguments.json_keys):
+        raise UserError(f"--json-keys {' '.join(arguments.json_keys)}: a key stands twice")
+    request = Request(
+        inputs=arguments.input,
+        output_prefix=arguments.output_prefix,
+        workers=arguments.workers,
+        keys=tuple(arguments.json_keys),
+        template=arguments.conversation_template,
+        on_error=arguments.on_error,
+        text_lines=arguments.txt_documents == "line",
+        allow_special=arguments.allow_special_tokens,
+    )
+    outcome = make_datasets(request, load_tokenizer(arguments.model_dir))
+    if outcome.resumed_parts:
+        print(f"went on from {outcome.resumed_parts} finished parts of an interrupted run")
+    for prefix, tokens in zip(outcome.prefixes, outcome.tokens, strict=True):
+        print(f"{prefix}: {outcome.documents:,} documents, {tokens:,} tokens, {outcome.seconds:.1f} s")
+    if outcome.rejected:
+        print(f"{outcome.rejected:,} bad documents were skipped: see {request.rejects}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
