@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("experiment", help="name of the folder under checkpoints_out/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the YAML file")
     parser.add_argument("--version", default="0", help="folder under the experiment (default: 0)")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand on both sides of --version
 
 
 def main() -> int:

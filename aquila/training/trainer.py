@@ -62,7 +62,8 @@ class Trainer:
             result = self._step()
             timer.stop()
             valid_loss = self._evaluate() if self._due(self.run_config.eval_interval) else None
-            if self._due(self.run_config.log_interval) or valid_loss is not None or result.skipped:
+            first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
+            if first or self._due(self.run_config.log_interval) or valid_loss is not None or result.skipped:
                 self._log(result, timer.take(), valid_loss)
             if self.state.bad_steps >= self.run_config.max_bad_steps:
                 return self._give_up(result)
