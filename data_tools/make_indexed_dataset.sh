@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Text to P_text_document.bin, .idx and .meta.json: see --help.
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$root/.venv/bin/python"
-[ -x "$python" ] || python=python3
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m data_tools.make_indexed_dataset "$@"
+# text to P_text_document.bin/.idx and P_text_document.meta.json
+#   bash data_tools/make_indexed_dataset.sh --input FILE... --output-prefix P --model-dir DIR [--workers N] [--json-keys text]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
+exec "$(project_python)" -m data_tools.make_indexed_dataset "$@"
