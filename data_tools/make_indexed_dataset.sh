@@ -3,4 +3,5 @@
 #   bash data_tools/make_indexed_dataset.sh --input FILE... --output-prefix P --model-dir DIR [--workers N] [--json-keys text]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
-exec "$(project_python)" -m data_tools.make_indexed_dataset "$@"
+python="$(project_python)"
+exec "$python" -m data_tools.make_indexed_dataset "$@"
