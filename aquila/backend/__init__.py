@@ -15,23 +15,17 @@ Legend of shapes: B batch, S query positions, T key positions (T = start + S), H
 value heads (H a multiple of K), D head size, N tokens of a chunk, V vocabulary.
 """
 
-import importlib
 from types import ModuleType
 
 import torch
 
+from aquila.backend import cpu, cuda, npu, reference
 from aquila.backend.reference import ATTENTION_KINDS
 
 __all__ = ["ATTENTION_KINDS", "DEVICE_TYPES", "detect", "get_backend"]
 
-_MODULES = {
-    "reference": "aquila.backend.reference",
-    "cpu": "aquila.backend.cpu",
-    "cuda": "aquila.backend.cuda",
-    "npu": "aquila.backend.npu",
-}
-# Devices without memory of their own follow the definition: shapes alone are asked of them.
-_MODULES["meta"] = _MODULES["reference"]
+# Importing a backend touches no device. "meta" tensors hold shapes alone: the definition gives them.
+_BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "npu": npu, "meta": reference}
 
 DEVICE_TYPES = ("cpu", "cuda", "npu")
 
@@ -41,15 +35,13 @@ def get_backend(device_type: str) -> ModuleType:
 
     Raises `ValueError` for a device that has no backend here.
     """
-    if device_type not in _MODULES:
-        raise ValueError(f"no backend for device '{device_type}'; there are: {', '.join(_MODULES)}")
-    return importlib.import_module(_MODULES[device_type])
+    if device_type not in _BACKENDS:
+        raise ValueError(f"no backend for device '{device_type}'; there are: {', '.join(_BACKENDS)}")
+    return _BACKENDS[device_type]
 
 
 def detect() -> str:
     """The best device type that this machine really has: "cuda", "npu" or "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
-    from aquila.backend import npu
-
     return "npu" if npu.device_count() else "cpu"

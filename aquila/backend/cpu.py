@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from aquila.backend import common, reference
-from aquila.backend.reference import TRIANGLE_BLOCK, rotary, swiglu
+from aquila.backend.reference import TRIANGLE_BLOCK, swiglu
 
-__all__ = ["rotary", "swiglu"]
+__all__ = ["swiglu"]
 
 COMMUNICATION = "gloo"
 COMPILE_BLOCKS = False
@@ -57,6 +57,31 @@ def attention(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`."""
     return reference.rms_norm(x, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `reference.rotary`, one complex product: a third of the time when nothing is fused."""
+    if torch.compiler.is_compiling():
+        return reference.rotary(x, cos, sin)
+    return _ComplexRotary.apply(x, torch.complex(cos, sin)[:, :, None])
+
+
+class _ComplexRotary(torch.autograd.Function):
+    """x (B, S, H, D) turned by complex units (1 or B, S, 1, D / 2); backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, units: Tensor) -> Tensor:
+        ctx.save_for_backward(units)
+        return _turn(x, units)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _turn(gradient, ctx.saved_tensors[0].conj()), None
+
+
+def _turn(x: Tensor, units: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(reference.wide(x).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * units).flatten(-2).to(x.dtype)
 
 
 def cross_entropy_(

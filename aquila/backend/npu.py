@@ -51,7 +51,7 @@ def attention(
     start: int = 0,
     block: int = TRIANGLE_BLOCK,
 ) -> Tensor:
-    """As `reference.attention`; "fused" is `npu_fusion_attention`, "triangle" the masked softmax in blocks."""
+    """As `reference.attention`; "fused" is `npu_fusion_attention`, "triangle" its softmax by blocks."""
     if kind == "triangle" and start == 0:
         reference.check_attention(q, k, v, kind, documents, start)
         return _padded_triangle(q, k, v, documents, block)

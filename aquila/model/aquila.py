@@ -138,9 +138,9 @@ class AquilaModel(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _linear(config.dim, config.vocab_size)
         self.rotary_tables = RotaryTables(config.head_dim, config.rope_theta, config.max_seq_len)
-        self.to(dtype)
+        for name, parameter in list(self.named_parameters()):
+            self.place(name, torch.empty(parameter.shape, dtype=dtype, device=device))
         if device.type != "meta":
-            self.to_empty(device=device)
             self.init_weights(seed)
 
     @classmethod
@@ -159,6 +159,11 @@ class AquilaModel(nn.Module):
         from aquila.model.weights import load_model
 
         return load_model(cls, model_dir, dtype, device, config_overrides)
+
+    def place(self, name: str, values: Tensor) -> None:
+        """Makes `values` the parameter of that name, whatever device and dtype they have."""
+        module, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(module), leaf, nn.Parameter(values))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -171,9 +171,7 @@ def load_model(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     check_names(expected, weights.info, str(weights.path))
     for name, shape in expected.items():
-        values = weights.read(name, torch.empty(shape, dtype=dtype, device=device))
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(values))
+        model.place(name, weights.read(name, torch.empty(shape, dtype=dtype, device=device)))
     return model
 
 
