@@ -306,7 +306,7 @@ def open_corpora(
         if corpus.samples_per_epoch == 0:
             raise UserError(
                 f"dataset {prefix}: its training split ({split}: {first} of {count} documents,"
-                f" {corpus.tokens} tokens) holds no sample of {seq_length} + 1 tokens; use a shorter seq_length"
+                f" {corpus.tokens} tokens) holds no sample of {seq_length + 1}; use a shorter seq_length"
             )
         train.append(corpus)
         held_out = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep)
