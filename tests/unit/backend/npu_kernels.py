@@ -74,9 +74,8 @@ def fusion_attention(
         for end, key_end in zip(actual_seq_qlen, actual_seq_kvlen, strict=True):
             part = slice(begin, end)
             assert end == key_end
-            parts.append(
-                _attend(query[None, part], key[None, part], value[None, part], atten_mask, scale, sparse_mode)
-            )
+            q, k, v = (x[None, part] for x in (query, key, value))
+            parts.append(_attend(q, k, v, atten_mask, scale, sparse_mode))
             begin = end
         out = torch.cat(parts, dim=1)[0]
     else:

@@ -15,11 +15,11 @@ LIBRARIES = ("ascendcl", "hccl", "ge_runner", "graph", "acl_op_compiler", "acl_t
 _CANN = re.compile(r"^(acl|Hccl|Msprof|rt[A-Z]|ge[A-Z])\w*$")
 # Looked up by name while torch_npu starts, so that no binary lists them.
 _LOOKED_UP = (
-    "aclrtDestroyStreamForce",
-    "aclrtSetOpExecuteTimeOut",
     "aclSetCompileopt",
+    "aclrtDestroyStreamForce",
     "aclrtGetSysParamOpt",
     "aclrtSetDeviceSatMode",
+    "aclrtSetOpExecuteTimeOut",
 )
 # What a plain "return 0" would not do: one device, a chip that the wheel knows, a context that is there.
 _SPOKEN = {

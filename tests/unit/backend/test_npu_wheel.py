@@ -10,14 +10,8 @@ import npu_stub
 import pytest
 
 HERE = Path(__file__).parent
-BASE = {
-    "npu_rms_norm",
-    "npu_rms_norm_backward",
-    "npu_swiglu",
-    "npu_swiglu_backward",
-    "npu_cross_entropy_loss",
-}
-BASE |= {"npu_rotary_mul", "npu_rotary_mul_backward"}
+BASE = {"npu_rms_norm", "npu_rms_norm_backward", "npu_swiglu", "npu_swiglu_backward"}
+BASE |= {"npu_rotary_mul", "npu_rotary_mul_backward", "npu_cross_entropy_loss"}
 FUSED = {"npu_fusion_attention", "npu_fusion_attention_grad"}
 TRIANGLE = {"npu_scaled_masked_softmax", "npu_scaled_masked_softmax_backward"}
 
