@@ -84,6 +84,7 @@ def trigger(arguments: argparse.Namespace) -> int:
 
 def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, config: str) -> dict:
     local = arguments.command == "local"
+    run = checked.config.run
     nodes = [checked.here] if local else checked.nodes
     stop = (
         f"bash scripts/local_stop_docker.sh {experiment}"
@@ -96,11 +97,14 @@ def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, c
             for node in nodes
         ],
         "experiment": experiment,
-        "resume": checked.config.run.resume,
+        "resume": run.resume,
         "command": [sys.executable, "-m", "aquila.pretrain"],
         "arguments": [config, arguments.model, experiment, *arguments.overrides],
         "environment": forwarded_environment(),
-        "node_timeout": 60.0,
+        "node_timeout": run.node_timeout,
+        "rejoin_timeout": run.rejoin_timeout,
+        "max_restarts": run.max_restarts,
+        "min_nodes": run.min_nodes,
         "stop_command": stop,
     }
 

@@ -24,14 +24,12 @@ from aquila.errors import EXIT_USER_ERROR
 from aquila.launch import failure, nodes, runs
 from aquila.launch.code import code_fingerprint
 from aquila.launch.follow import Follower
-from aquila.launch.ranks import Ranks, Start
+from aquila.launch.ranks import Ranks, Start, kill_marked
 
 TICK = 0.1
 BEAT = 1.0
 FAILURE_GRACE = 2.0
 """Seconds the other ranks have to write their own errors before they are killed."""
-ORPHAN_GRACE = 300.0
-"""Seconds for a last checkpoint when the controller is gone."""
 
 
 class ControllerLostError(Exception):
@@ -46,7 +44,7 @@ def machine_key() -> str:
 
 class Agent:
     def __init__(self) -> None:
-        self.buffer = b""
+        self.buffer = self.outbox = b""
         self.ranks: Ranks | None = None
         self.follower: Follower | None = None
         self.failing_since: float | None = None
@@ -64,10 +62,18 @@ class Agent:
     # the line to the controller
 
     def send(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, **fields}).encode() + b"\n"
+        self.outbox += json.dumps({"event": event, **fields}).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what the line takes without waiting: a dead line must not hold the agent."""
+        if self.controller_gone_at is not None:
+            self.outbox = b""
         try:
-            while line:
-                line = line[os.write(1, line) :]
+            while self.outbox:
+                self.outbox = self.outbox[os.write(1, self.outbox) :]
+        except BlockingIOError:
+            return
         except OSError:
             self.lose_controller()
 
@@ -101,13 +107,26 @@ class Agent:
         self.send("pong", sent=time)
 
     def on_prepare(
-        self, root: str, experiment: str, node: str, resume: str, version: str | None, node_timeout: float
+        self,
+        root: str,
+        experiment: str,
+        node: str,
+        resume: str,
+        version: str | None,
+        node_timeout: float,
+        run_id: str,
+        takeover: bool,
     ) -> None:
-        """Takes this node for the experiment; the first node chooses the version (`version` None)."""
+        """Takes this node for the experiment; the first node chooses the version (`version` None).
+
+        With `takeover` the node was given up before by the same run: an agent of that time goes first.
+        """
         self.node_timeout = node_timeout
         folder = runs.experiment_dir(Path(root), experiment)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if takeover:
+                end_earlier_agent(folder / version / "launch" / f"node-{node}.json", run_id)
             running = self.take_lock(folder, node)
             if running:
                 self.send(
@@ -127,7 +146,7 @@ class Agent:
             self.send("refused", status=1, message=f"{error.filename or folder}: {error.strerror}")
             return
         self.state_path = run_dir / "launch" / f"node-{node}.json"
-        self.write_state(state="ready", node=node, experiment=experiment, version=version)
+        self.write_state(state="ready", node=node, experiment=experiment, version=version, run_id=run_id)
         self.send("prepared", version=version, run_dir=str(run_dir), resumed=resumed)
 
     def take_lock(self, folder: Path, node: str) -> str | None:
@@ -242,6 +261,7 @@ class Agent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        os.set_blocking(1, False)
         self.send("hello", **introduction())
         try:
             while not self.done:
@@ -249,10 +269,12 @@ class Agent:
                     self.handle(request)
                 self.watch()
                 self.keep_in_touch()
+                self.flush()
         finally:
             self.kill()
             if self.ranks:
                 self.finish()
+            os.set_blocking(1, True)
             self.send("gone")
 
     def keep_in_touch(self) -> None:
@@ -264,8 +286,31 @@ class Agent:
             self.lose_controller()
         if self.controller_gone_at is not None:
             waited = now - self.controller_gone_at
-            if self.ranks is None or waited > ORPHAN_GRACE:
+            if self.ranks is None or waited > 2 * self.node_timeout:  # time for a last checkpoint
                 self.done = True
+
+
+def end_earlier_agent(state_path: Path, run_id: str) -> None:
+    """Kills the agent that the same run had on this node before it was given up, ranks included."""
+    state = runs.read_json(state_path)
+    if not state or state.get("run_id") != run_id or state.get("machine") != machine_key():
+        return
+    if agent_alive(state):
+        os.kill(state["pid"], signal.SIGKILL)
+    if state.get("mark"):
+        kill_marked(state["mark"])
+    deadline = time.monotonic() + 5
+    while agent_alive(state) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def agent_alive(state: dict[str, Any]) -> bool:
+    """Whether the process that wrote a node's state still runs."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(state["pid"])
+        same = abs(process.create_time() - state["created"]) < 1.0  # else the pid was given out again
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def introduction() -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Channel:
             except ValueError:  # a login shell that greets
                 self.errors.append(line.decode("utf-8", errors="replace"))
                 continue
-            self.events.put((self.index, event))
+            self.events.put((self.index, {**event, "channel": id(self)}))
         self.events.put((self.index, {"event": "closed", "channel": id(self)}))
 
     def _write(self) -> None:

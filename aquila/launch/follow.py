@@ -16,8 +16,8 @@ class Follower:
         """The objects appended since the last call. A line still being written waits for its end."""
         try:
             size = self.path.stat().st_size
-            if size < self.position:  # cut back to the checkpoint by a resumed run
-                self.position = 0
+            # Smaller than before: a resumed run has cut it back to its checkpoint; what is left is old.
+            self.position = min(self.position, size)
             if size == self.position:
                 return []
             with self.path.open("rb") as file:

@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from aquila.errors import EXIT_FAILURE, UserError
 from aquila.launch import runs
-from aquila.launch.agent import machine_key
+from aquila.launch.agent import agent_alive, machine_key
 from aquila.launch.channel import SSH_OPTIONS, remote_shell
 from aquila.launch.code import ROOT
 from aquila.launch.hostfile import read_hostfile
@@ -30,17 +28,9 @@ def running_agents(experiment: str, root: Path = ROOT) -> list[dict[str, Any]]:
     found = []
     for path in runs.experiment_dir(root, experiment).glob("*/launch/node-*.json"):
         state = runs.read_json(path)
-        if state and state.get("machine") == machine_key() and _alive(state):
+        if state and state.get("machine") == machine_key() and agent_alive(state):
             found.append(state)
     return found
-
-
-def _alive(state: dict[str, Any]) -> bool:
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(state["pid"])
-        same = abs(process.create_time() - state["created"]) < 1.0  # else the pid was given out again
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def stop_here(experiment: str) -> int:
@@ -56,7 +46,7 @@ def stop_here(experiment: str) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(state["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT
-    while (left := [state for state in agents if _alive(state)]) and time.monotonic() < deadline:
+    while (left := [state for state in agents if agent_alive(state)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     for state in left:
         print(f"still saving after {STOP_TIMEOUT:.0f} s: killed", file=sys.stderr)

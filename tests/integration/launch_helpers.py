@@ -49,6 +49,9 @@ def standin_request(experiment: str = "exp", **changes: Any) -> dict[str, Any]:
         "arguments": [str(steps), str(seconds), experiment, *changes.pop("overrides", [])],
         "environment": {},
         "node_timeout": 60.0,
+        "rejoin_timeout": 30.0,
+        "max_restarts": 0,
+        "min_nodes": None,
         "stop_command": "",
         "wait": True,
     }

@@ -24,5 +24,7 @@ def test_a_file_that_comes_later_and_one_cut_back(tmp_path: Path) -> None:
     assert follower.new_lines() == []
     path.write_text('{"step": 1}\n{"step": 2}\n')
     assert len(follower.new_lines()) == 2
-    path.write_text('{"step": 1}\n')
-    assert follower.new_lines() == [{"step": 1}]
+    path.write_text('{"step": 1}\n')  # cut back
+    assert follower.new_lines() == []
+    path.write_text('{"step": 1}\n{"step": 2, "again": true}\n')
+    assert follower.new_lines() == [{"step": 2, "again": True}]

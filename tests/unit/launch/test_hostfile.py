@@ -9,9 +9,7 @@ from aquila.launch.hostfile import Node, parse_hostfile, read_hostfile
 
 
 def test_comments_blank_lines_names_and_both_kinds_of_address() -> None:
-    text = (
-        "# nodes\n\n10.0.0.1 slots=8\nnode-2.cluster   slots=4 # old\n[fd00::2] slots=2\nfd00::3 slots=1\n"
-    )
+    text = "# nodes\n\n10.0.0.1 slots=8\nnode-2.cluster   slots=4 # old\n[fd00::2] slots=2\nfd00::3 slots=1\n"
     assert parse_hostfile(text, "hostfile") == [
         Node("10.0.0.1", 8, 3),
         Node("node-2.cluster", 4, 4),
