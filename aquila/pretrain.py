@@ -20,11 +20,10 @@ from aquila.backend import detect, get_backend
 from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
 from aquila.data.batches import Batch, Batches
 from aquila.data.indexed import Corpora, open_corpora
-from aquila.data.meta import check_dataset
+from aquila.data.meta import check_datasets
 from aquila.errors import run_command
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
-from aquila.tokenizer import load_tokenizer
 from aquila.training.checkpoint import Checkpointer, find_resume, write_atomically
 from aquila.training.engine import Engine, parameter_groups, processes
 from aquila.training.metrics import RunLog
@@ -54,17 +53,10 @@ def main() -> int:
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     here = Device(device.type, tuple(backend.supported_precisions()))
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
-    check_data(effective)
+    check_datasets(parse_blend(effective.run.data_prefix)[0], effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
     with processes(backend.COMMUNICATION, device) as (rank, world_size):
         return train(effective, backend, device, run_dir, rank, world_size, stop)
-
-
-def check_data(effective: EffectiveConfig) -> None:
-    """Refuses data of another tokenizer, ids beyond the vocabulary, damaged files."""
-    tokenizer = load_tokenizer(effective.model_dir)
-    for prefix in parse_blend(effective.run.data_prefix)[0]:
-        check_dataset(prefix, tokenizer, effective.model.vocab_size)
 
 
 def train(

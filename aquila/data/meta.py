@@ -5,6 +5,7 @@ Neither torch nor Megatron is imported here: the launcher checks datasets before
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import aquila
 from aquila.config.strict import read_json
 from aquila.data.indexfile import Index, read_index, read_tokens
 from aquila.errors import UserError
-from aquila.tokenizer import Tokenizer
+from aquila.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 _SCAN = 1 << 22
@@ -75,7 +76,30 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     return meta
 
 
-def check_dataset(prefix: str | Path, tokenizer: Tokenizer, vocab_size: int) -> str | None:
+def check_datasets(prefixes: Sequence[str | Path], model_dir: Path, vocab_size: int) -> list[str]:
+    """Whether a model folder of `vocab_size` ids can train on these datasets; returns what to note.
+
+    A folder without a tokenizer can train, too: ids are then checked against the vocabulary alone.
+    Raises `UserError` as `check_dataset`, and for a tokenizer with more ids than the model.
+    """
+    notes = []
+    tokenizer = None
+    if any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+        tokenizer = load_tokenizer(model_dir)
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"{model_dir}: its tokenizer has {tokenizer.vocab_size} ids, but config.json says "
+                f"vocab_size {vocab_size}; one of them belongs to another model"
+            )
+    else:
+        notes.append(
+            f"{model_dir} holds no tokenizer: the data's ids are checked against its vocabulary alone"
+        )
+    notes += [check_dataset(prefix, tokenizer, vocab_size) for prefix in prefixes]
+    return [note for note in notes if note]
+
+
+def check_dataset(prefix: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> str | None:
     """Whether a model of `vocab_size` ids with this tokenizer can train on a dataset.
 
     A dataset without `.meta.json`, made by Megatron itself, is scanned for its largest id and accepted;
@@ -99,7 +123,7 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer, vocab_size: int) -> 
             f"dataset {prefix}: {meta_path(prefix)} counts {counts['tokens']} tokens, the index "
             f"{index.tokens}; the files are not of one making, make the dataset again"
         )
-    if made["fingerprint"] != tokenizer.fingerprint:
+    if tokenizer is not None and made["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
             f"dataset {prefix} was made with another tokenizer (fingerprint {made['fingerprint'][:12]}, "
             f"{made.get('vocab_size')} ids) than the model's ({tokenizer.fingerprint[:12]}, "

@@ -137,17 +137,10 @@ def _weights(config: EffectiveConfig) -> str:
 
 
 def _data(config: EffectiveConfig, root: Path) -> str:
-    from aquila.data.meta import check_dataset
-    from aquila.tokenizer import load_tokenizer
+    from aquila.data.meta import check_datasets
 
-    tokenizer = load_tokenizer(config.model_dir)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{config.model_dir}: its tokenizer has {tokenizer.vocab_size} ids, but config.json says "
-            f"vocab_size {config.model.vocab_size}; one of them belongs to another model"
-        )
     prefixes, _ = parse_blend(config.run.data_prefix)
-    notes = [check_dataset(root / prefix, tokenizer, config.model.vocab_size) for prefix in prefixes]
-    if any(notes):
-        raise Warned("; ".join(filter(None, notes)))
+    notes = check_datasets([root / prefix for prefix in prefixes], config.model_dir, config.model.vocab_size)
+    if notes:
+        raise Warned("; ".join(notes))
     return f"{len(prefixes)} dataset(s) made with this tokenizer"
