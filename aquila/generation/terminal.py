@@ -46,21 +46,23 @@ def converse(session: Session, as_json: bool = False) -> int:
         enable_suspend=True,
     )
     write("Type a text for the model to go on with; /help for more, Ctrl-D leaves.\n")
-    while True:
-        try:
-            line = prompt.prompt("> ")
-        except KeyboardInterrupt:
-            write("(Ctrl-D or 'exit' leaves)\n")
-            continue
-        except EOFError:
-            return 0
-        if leaves(line):
-            return 0
-        try:
-            with _answering_mode():
+    with _quiet_terminal():
+        while True:
+            try:
+                line = prompt.prompt("> ")
+            except KeyboardInterrupt:
+                write("(Ctrl-D or 'exit' leaves)\n")
+                continue
+            except EOFError:
+                return 0
+            if leaves(line):
+                return 0
+            try:
                 _take(session, line, as_json, interactive=True)
-        except UserError as error:
-            write(f"error: {error}\n")
+            except UserError as error:
+                write(f"error: {error}\n")
+            except KeyboardInterrupt:
+                write("(stopped)\n")
 
 
 def _take(session: Session, line: str, as_json: bool, interactive: bool) -> None:
@@ -120,10 +122,11 @@ def _interrupt() -> Iterator[list]:
 
 
 @contextlib.contextmanager
-def _answering_mode() -> Iterator[None]:
-    """While an answer streams: what is typed is not echoed into it and is kept whole for the next prompt.
+def _quiet_terminal() -> Iterator[None]:
+    """While an answer streams, what is typed is not echoed into it and is kept whole for the next prompt.
 
-    In the terminal's line mode the kernel would cut a typed-ahead line at 4096 bytes. Ctrl-C still signals.
+    In the terminal's line mode the kernel would cut a typed-ahead line at 4096 bytes and swallow Ctrl-D.
+    Ctrl-C still signals. The line editor sets its own mode and comes back to this one.
     """
     try:
         import termios
