@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aquila.errors import UserError
 
@@ -186,16 +187,49 @@ def write_safetensors(
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, info in infos.items():
-            tensor = produce(name).detach().to("cpu").contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
-            file.write(as_bytes(tensor))
+            file.write(as_bytes(_produced(name, info, produce)))
+
+
+def write_torch(path: Path, infos: dict[str, TensorInfo], produce: Callable[[str], Tensor]) -> None:
+    """Writes a state dict as `torch.save` would, one tensor at a time; otherwise as `write_safetensors`.
+
+    torch lays the file out with empty data, tells where each tensor's data lie, and they are filled in.
+    """
+    temporary = temporary_name(path)
+    try:
+        with FakeTensorMode():
+            state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, temporary)
+        with FakeTensorMode():
+            laid_out = torch.load(temporary, weights_only=True)
+        with open(temporary, "r+b") as file:
+            for name, info in infos.items():
+                file.seek(laid_out[name].untyped_storage()._checkpoint_offset)
+                file.write(as_bytes(_produced(name, info, produce)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _produced(name: str, info: TensorInfo, produce: Callable[[str], Tensor]) -> Tensor:
+    tensor = produce(name).detach().to("cpu").contiguous()
+    assert (tuple(tensor.shape), tensor.dtype) == (tuple(info.shape), info.dtype), name
+    return tensor
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path`, this process's own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 class replacing:  # noqa: N801, read as a verb: with replacing(path) as file
     """A binary file that takes the place of `path` when the block ends well, and vanishes otherwise."""
 
     def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.path, self.temporary = path, temporary_name(path)
 
     def __enter__(self):
         self.file = open(self.temporary, "wb")

@@ -33,6 +33,10 @@ _LAYER = {
 }
 _TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
 _LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+_FEED_FORWARD_FORMULAS = (
+    {"multiple_of": 256, "ffn_dim_multiplier": 1.0},
+    {"multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+)
 _MODEL_TYPES = ("llama", "aquila")
 
 
@@ -132,10 +136,14 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         "rope_theta": float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         "initializer_range": values.get("initializer_range", 0.02),
     }
-    return validate(ModelConfig, ours, where)
+    config = validate(ModelConfig, ours, where)
+    for formula in _FEED_FORWARD_FORMULAS:  # the size by its formula, where one of Aquila's gives it
+        if config.model_copy(update={"hidden_dim": None, **formula}).ffn_dim == config.ffn_dim:
+            return config.model_copy(update={"hidden_dim": None, **formula})
+    return config
 
 
-def config_to_hf(config: ModelConfig, dtype: str, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """A `config.json` that plain transformers loads as `LlamaForCausalLM`; `dtype` as in "bfloat16"."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -155,8 +163,5 @@ def config_to_hf(config: ModelConfig, dtype: str, bos_id: int, eos_id: int, pad_
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
         "torch_dtype": dtype,
     }

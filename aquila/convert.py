@@ -1,0 +1,162 @@
+"""Weights and tokenizer of a run checkpoint, of Aquila's or of Hugging Face's format, any into any.
+
+    python -m aquila.convert --input DIR --output DIR --to aquila|hf [--dtype D] [--verify]
+
+Streams: one parameter at a time is in memory. Without `--dtype` every value keeps its bits.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from aquila.config import ModelConfig
+from aquila.config.strict import read_json
+from aquila.errors import UserError, run_command
+from aquila.model import AquilaModel, hf
+from aquila.model.files import TensorInfo, temporary_name, write_torch
+from aquila.model.hf_tokenizer import copy_released, has_tokenizer, write_hf, write_json
+from aquila.model.weights import Weights, check_names, load_config, resolve_model_dir, write_sharded
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
+"""Largest difference of logits that `--verify` lets pass, by the dtype in which both models run."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = _parser().parse_args(arguments)
+    source, output = resolve_model_dir(args.input), args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already: choose another --output, or remove it first")
+    dtype = DTYPES.get(args.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = temporary_name(output)
+    unfinished.mkdir()
+    try:
+        convert(source, unfinished, args.to, dtype, int(args.max_shard_gb * 1e9))
+        if output.exists():
+            output.rmdir()
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{source} -> {output} ({args.to})")
+    return verify(source, output) if args.verify else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m aquila.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, required=True, help="a model folder, run or checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--to", choices=("aquila", "hf"), required=True)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file of --to hf")
+    parser.add_argument("--verify", action="store_true", help="run both models and compare their logits")
+    return parser
+
+
+def convert(source: Path, target: Path, to: str, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    """Fills the folder `target`. Raises `UserError` when the source is incomplete or inconsistent."""
+    config = load_config(source)
+    weights = Weights(source, config)
+    shapes = {name: tuple(p.shape) for name, p in AquilaModel(config, device="meta").named_parameters()}
+    check_names(shapes, weights.info, str(source))
+    infos = {name: TensorInfo(shape, dtype or weights.info[name].dtype) for name, shape in shapes.items()}
+
+    def produce(name: str) -> Tensor:
+        return weights.read(name).to(infos[name].dtype)
+
+    tokenizer = copy_released(source, target) if has_tokenizer(source) else None
+    if tokenizer is None:
+        print(f"note: {source} holds no tokenizer: weights and configuration alone", file=sys.stderr)
+    if to == "aquila":
+        write_json(target / "config.json", config.model_dump(exclude_none=True))
+        write_torch(target / "pytorch_model.bin", infos, produce)
+        return
+    ids = {}
+    if tokenizer is not None:
+        write_hf(tokenizer, source, target, config.max_seq_len)
+        ids = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_id") for mark in ("bos", "eos", "pad")}
+    stored = str(infos["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    write_json(target / "config.json", {**hf.config_to_hf(config, stored), **ids})
+    if ids:
+        write_json(target / "generation_config.json", ids)
+    _write_hf_weights(config, target, infos, produce, max_shard_bytes)
+
+
+def _write_hf_weights(
+    config: ModelConfig,
+    target: Path,
+    infos: dict[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
+    released = {hf.from_released(name): name for name in infos}
+    heads = hf.permuted(config)
+
+    def permuted(their_name: str) -> Tensor:
+        name = released[their_name]
+        tensor = produce(name)
+        count = heads.get(hf.short(name))
+        return tensor if count is None else hf.permute(tensor, count)
+
+    theirs = {their_name: infos[name] for their_name, name in released.items()}
+    write_sharded(target, theirs, permuted, max_shard_bytes)
+
+
+# ---- verify ----------------------------------------------------------------------------------------------
+
+
+def verify(source: Path, output: Path) -> int:
+    """Runs both folders' models on the same random tokens; 1 when their logits differ by too much.
+
+    Each Hugging Face folder runs in transformers where that is installed, one model after the other.
+    """
+    config = load_config(source)
+    dtype = torch.float32 if _fits_in_fp32(config) else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=generator)
+    (first, by_first), (second, by_second) = (_logits(folder, tokens, dtype) for folder in (source, output))
+    difference = (first - second).abs().max().item()
+    limit = TOLERANCES[dtype] * max(1.0, first.abs().max().item() / 10)
+    print(f"verify: {by_first} against {by_second} on {tokens.numel()} random tokens in {dtype}:")
+    print(f"largest difference of a logit {difference:.3g} (limit {limit:.3g})")
+    if difference > limit:
+        print(f"error: {output} does not compute what {source} does; do not use it", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _fits_in_fp32(config: ModelConfig) -> bool:
+    return 4.5 * config.parameter_count() < psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def _logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, str]:
+    """Logits in fp32, and what computed them."""
+    if hf.is_hf_config(read_json(folder / "config.json")):
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            pass
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            return model(tokens).logits.float(), "transformers"
+    return AquilaModel.from_pretrained(folder, dtype=dtype)(tokens).float(), "aquila"
+
+
+if __name__ == "__main__":
+    run_command(main)

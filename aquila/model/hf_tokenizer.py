@@ -1,0 +1,102 @@
+"""Tokenizer files of both worlds: Aquila's `vocab.json` and `merges.txt`, Hugging Face's `tokenizer.json`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from aquila.config.strict import read_json
+from aquila.errors import UserError
+from aquila.model.files import replacing
+from aquila.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
+
+RELEASED_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that can be read here."""
+    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Readable JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def copy_released(source: Path, target: Path) -> Tokenizer:
+    """Puts the tokenizer of `source` into `target` in the released files.
+
+    A folder that has `tokenizer.json` alone gets its `vocab.json` and `merges.txt` out of it. Raises
+    `UserError` for a tokenizer that is no byte-level BPE.
+    """
+    if not (source / "vocab.json").is_file() and (source / "tokenizer.json").is_file():
+        _unpack(source, target)
+    else:
+        for name in RELEASED_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    return load_tokenizer(target)
+
+
+def _unpack(source: Path, target: Path) -> None:
+    path = source / "tokenizer.json"
+    model = read_json(path).get("model", {})
+    if model.get("type") != "BPE" or "merges" not in model or model.get("byte_fallback"):
+        raise UserError(f"{path}: only a byte-level BPE can be turned into vocab.json and merges.txt")
+    write_json(target / "vocab.json", model["vocab"])
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    with replacing(target / "merges.txt") as file:
+        file.write("".join(f"{line}\n" for line in ("#version: 0.2", *merges)).encode())
+
+
+def write_hf(tokenizer: Tokenizer, source: Path, target: Path, max_length: int) -> None:
+    """Files with which `AutoTokenizer` gives the ids of `tokenizer`, and its bos, eos and pad.
+
+    As here, no token is put around a text, and a special token written out in a text stays text. A
+    SentencePiece model is copied as it is, for transformers' own Llama tokenizer.
+    """
+    if isinstance(tokenizer, BytePairTokenizer):
+        _byte_level(tokenizer, target / "tokenizer.json")
+        kind = "PreTrainedTokenizerFast"
+    else:
+        shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
+        kind = "LlamaTokenizer"
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    marks = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
+    if tokenizer.pad_id in names:
+        marks["pad_token"] = marks["unk_token"] = names[tokenizer.pad_id]
+    write_json(
+        target / "special_tokens_map.json",
+        {**marks, "cls_token": marks["bos_token"], "sep_token": marks["eos_token"]},
+    )
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": kind,
+            **marks,
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "model_max_length": max_length,
+        },
+    )
+
+
+def _byte_level(tokenizer: BytePairTokenizer, path: Path) -> None:
+    from tokenizers import AddedToken, decoders
+    from tokenizers import Tokenizer as Definition
+
+    whole = Definition.from_str(tokenizer.definition.to_str())  # a copy: the running one stays as it is
+    whole.decoder = decoders.ByteLevel()
+    specials = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    whole.add_special_tokens([AddedToken(name, special=True, normalized=False) for name, _ in specials])
+    for name, index in specials:
+        if whole.token_to_id(name) != index:
+            raise UserError(
+                f"special token {name} has id {index} here; tokenizer.json would give it "
+                f"{whole.token_to_id(name)}: ids between the vocabulary and the special tokens are missing"
+            )
+    with replacing(path) as file:
+        file.write(whole.to_str(pretty=False).encode())
