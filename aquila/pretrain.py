@@ -25,7 +25,7 @@ from aquila.errors import run_command
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
 from aquila.training.checkpoint import Checkpointer, find_resume, write_atomically
-from aquila.training.engine import Engine, parameter_groups, processes
+from aquila.training.engine import Engine, on_first_rank, parameter_groups, processes
 from aquila.training.metrics import RunLog
 from aquila.training.schedule import Schedule, make_schedule
 from aquila.training.state import TrainState
@@ -76,7 +76,7 @@ def train(
         print(effective.table(), flush=True)
     corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, None)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
-    resume = find_resume(run_dir, run.resume)
+    resume = on_first_rank(lambda: find_resume(run_dir, run.resume))
     model = build_model(effective, backend, device, resume)
     optimizer = backend.optimizer(
         run.optimizer, parameter_groups(model, run.weight_decay), run.lr, run.betas, run.eps, run.weight_decay

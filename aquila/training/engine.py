@@ -5,11 +5,11 @@ The only importer of DeepSpeed. Everything else speaks to `Engine`.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from aquila.config import EffectiveConfig
 from aquila.errors import UserError
 
+Result = TypeVar("Result")
 SHARDS = "deepspeed"
 """Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
 
@@ -78,6 +79,20 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def on_first_rank(function: Callable[[], Result]) -> Result:
+    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def _free_port_for_one() -> None:

@@ -1,0 +1,220 @@
+"""Training as it is: ranks over gloo, ZeRO-2, real data, real checkpoints."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.integration.launch_helpers import copy_project, environment
+
+MODEL = {
+    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 1217,
+    "max_seq_len": 32, "checkpoint_activations": True, "ckpoint_layer": 1,
+}  # fmt: skip
+RUN = {
+    "data_prefix": "data/demo_text_document", "split": "80,20", "batch_size": 2, "gradient_accumulation_steps": 2,
+    "train_iters": 12, "lr": 1e-3, "log_interval": 1, "eval_interval": 4, "eval_iters": 2, "save_interval": 100,
+    "tensorboard": False,
+}  # fmt: skip
+EXACT = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "consumed_samples",
+    "consumed_tokens",
+    "epoch",
+    "valid_loss",
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project with a small model folder, a small corpus and a run YAML."""
+    project = copy_project(tmp_path_factory.mktemp("training"))
+    model = project / "checkpoints_in" / "small"
+    tiny = Path(__file__).parents[2] / "checkpoints_in" / "aquila-tiny"
+    shutil.copytree(tiny, model)
+    (model / "config.json").write_text(json.dumps(MODEL))
+    (project / "run.yaml").write_text(yaml.safe_dump(RUN))
+    python(project, "-m", "data_tools.make_demo_corpus", "--output", "demo.jsonl", "--documents", "30")
+    python(
+        project, "-m", "data_tools.make_indexed_dataset", "--input", "demo.jsonl", "--output-prefix", "data/demo",
+        "--model-dir", "checkpoints_in/small",
+    )  # fmt: skip
+    return project
+
+
+def python(project: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=project,
+        env=environment(project),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def start(
+    project: Path, experiment: str, *overrides: str, ranks: int = 2, model: str = "small"
+) -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        "-m", "aquila.pretrain", "run.yaml", model, experiment, *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=project, env={**environment(project), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def train(
+    project: Path, experiment: str, *overrides: str, ranks: int = 2, model: str = "small"
+) -> tuple[int, str]:
+    process = start(project, experiment, *overrides, ranks=ranks, model=model)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def metrics(project: Path, experiment: str) -> list[dict]:
+    path = project / "checkpoints_out" / experiment / "0" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exact(records: list[dict]) -> list[dict]:
+    return [{key: record.get(key) for key in EXACT} for record in records]
+
+
+def weights_hash(project: Path, experiment: str, step: int) -> str:
+    folder = project / "checkpoints_out" / experiment / "0" / "checkpoints" / f"step-{step:08d}"
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(project: Path, precision: str) -> None:
+    """Losses, norms, evaluations and final weights to the last bit; accumulation, two epochs."""
+    whole, parts = f"whole-{precision}", f"parts-{precision}"
+    status, output = train(project, whole, f"precision={precision}")
+    assert status == 0, output
+    status, output = train(project, parts, f"precision={precision}", "exit_interval=5")
+    assert status != 0, output
+    assert [r["step"] for r in metrics(project, parts)] == [1, 2, 3, 4, 5]
+    for _ in range(2):  # stops again at step 10, then reaches the end
+        status, output = train(project, parts, f"precision={precision}", "exit_interval=5")
+    assert status == 0, output
+    assert "resumes at step 10" in output
+    assert exact(metrics(project, parts)) == exact(metrics(project, whole))
+    assert metrics(project, whole)[-1]["epoch"] > 0
+    assert weights_hash(project, parts, 12) == weights_hash(project, whole, 12)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_75(project: Path) -> None:
+    run = project / "checkpoints_out" / "stopped" / "0"
+    process = start(project, "stopped", "train_iters=100000", ranks=1)
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and metrics(project, "stopped"), process)
+    (rank,) = children(process.pid)
+    os.kill(rank, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "exitcode  : 75" in output
+    last = metrics(project, "stopped")[-1]["step"]
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    assert int(latest.removeprefix("step-")) >= last
+
+
+def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(project: Path) -> None:
+    """The same samples in each step, and so the same losses up to the order of sums."""
+    assert train(project, "one", "precision=fp32", "batch_size=4", ranks=1)[0] == 0
+    two = project / "checkpoints_out" / "whole-fp32"
+    if not two.is_dir():
+        assert train(project, "whole-fp32", "precision=fp32")[0] == 0
+    ours, theirs = metrics(project, "one"), metrics(project, "whole-fp32")
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    assert [r["grad_norm"] for r in ours] == pytest.approx([r["grad_norm"] for r in theirs], rel=1e-3)
+
+
+def test_preloading_starts_from_the_very_weights(project: Path) -> None:
+    """With a learning rate too small to matter, the checkpoint holds what the model folder held."""
+    source = project / "checkpoints_out" / "whole-fp32" / "0" / "checkpoints" / "step-00000012"
+    if not source.is_dir():
+        assert train(project, "whole-fp32", "precision=fp32")[0] == 0
+    loaded = project / "checkpoints_in" / "preloaded"
+    shutil.copytree(source, loaded, ignore=shutil.ignore_patterns("deepspeed", "rng"), dirs_exist_ok=True)
+    options = ["precision=fp32", "bmt_pre_load=True", "lr=1e-30", "train_iters=1", "weight_decay=0"]
+    status, output = train(project, "preloaded", *options, model="preloaded")
+    assert status == 0, output
+    assert (
+        weights_hash(project, "preloaded", 1)
+        == hashlib.sha256((loaded / "model.safetensors").read_bytes()).hexdigest()
+    )
+
+
+def test_training_from_the_originals_golden_weights(project: Path, shared_dir: Path) -> None:
+    """The first loss is that of the original's weights on the first batch, computed apart from the trainer."""
+    nano = project / "checkpoints_in" / "nano"
+    shutil.copytree(shared_dir / "data" / "golden" / "aquila-nano", nano, copy_function=shutil.copyfile)
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(project / "data" / "nano.bin"), dtype=np.int32)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(8):
+        builder.add_document(torch.randint(0, 1000, (100,), generator=generator), [100])
+    builder.finalize(str(project / "data" / "nano.idx"))
+    options = ["bmt_pre_load=True", "precision=fp32", "data_prefix=data/nano", "train_iters=1", "split=100"]
+    status, output = train(project, "nano", *options, "gradient_accumulation_steps=1", ranks=1, model="nano")
+    assert status == 0, output
+    from aquila.data.batches import make_batch
+    from aquila.data.indexed import open_corpora
+    from aquila.model import AquilaModel
+
+    corpora = open_corpora([str(project / "data" / "nano")], "100", 128, 2023, None)
+    batch = make_batch(corpora.train, range(2))
+    with torch.no_grad():
+        logits = AquilaModel.from_pretrained(nano, attention="reference")(batch.tokens)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()
+    assert metrics(project, "nano")[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_other_data_of_this_model_is_refused_by_the_rank_too(project: Path) -> None:
+    """Whoever starts ranks without the launcher gets the same message and status 2."""
+    meta = project / "data" / "other_text_document.meta.json"
+    for suffix in ("bin", "idx", "meta.json"):
+        shutil.copy(
+            project / "data" / f"demo_text_document.{suffix}",
+            project / "data" / f"other_text_document.{suffix}",
+        )
+    facts = json.loads(meta.read_text())
+    facts["tokenizer"]["fingerprint"] = "0" * 64
+    meta.write_text(json.dumps(facts))
+    done = subprocess.run(
+        [sys.executable, "-m", "aquila.pretrain", "run.yaml", "small", "refused", "data_prefix=data/other_text_document"],
+        cwd=project, env=environment(project), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "another tokenizer" in done.stderr
+    assert not (project / "checkpoints_out" / "refused").exists()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children() if "aquila.pretrain" in child.cmdline()]
