@@ -10,7 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+
+from aquila.data.indexfile import bin_path, idx_path, write_index
+from aquila.data.meta import make_meta, tokenizer_facts, write_meta
+from aquila.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "integration" / "standin_rank.py"
@@ -31,6 +36,27 @@ def copy_project(folder: Path) -> Path:
         shutil.copytree(ROOT / name, project / name, ignore=ignore)
     (project / "checkpoints_in").mkdir()
     return project
+
+
+def add_tiny_model_and_data(project: Path) -> None:
+    """A model folder `tiny`, a dataset for it and `configs/tiny.yaml`: four steps of the real thing."""
+    model = project / "checkpoints_in" / "tiny"
+    shutil.copytree(ROOT / "checkpoints_in" / "aquila-tiny", model, ignore=shutil.ignore_patterns("*.bin"))
+    tokenizer = load_tokenizer(model)
+    config = {"dim": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 8, "max_seq_len": 32}
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": tokenizer.vocab_size}))
+    prefix = project / "data" / "tiny_text_document"
+    prefix.parent.mkdir()
+    ids = np.random.default_rng(1).integers(1, 200, 20000).astype("<i4")
+    bin_path(prefix).write_bytes(ids.tobytes())
+    with idx_path(prefix).open("wb") as file:
+        write_index(file, np.full(200, 100, np.int32))
+    counts = {"documents": 200, "tokens": len(ids), "min_id": 1, "max_id": 199}
+    write_meta(prefix, make_meta(tokenizer_facts(tokenizer), counts, []))
+    (project / "configs" / "tiny.yaml").write_text(
+        "data_prefix: data/tiny_text_document\nbatch_size: 2\ntrain_iters: 4\nlr: 1.0e-3\nlog_interval: 1\n"
+        "eval_interval: 0\nprecision: fp32\ntensorboard: False\nsave_interval: 1000\n"
+    )
 
 
 def environment(project: Path) -> dict[str, str]:
