@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,20 +201,26 @@ class Corpus:
         return EpochOrder(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in EpochOrder._fields))
 
     def _store(self, epoch: int, order: EpochOrder) -> None:
-        """Any number of processes may store at once: the first to rename its folder wins."""
+        """Any number of processes may store at once: the first to rename its folder wins.
+
+        A folder that cannot be written to only means that the order stays in memory.
+        """
         folder = self._cache_folder(epoch)
         if folder is None:
             return
         unfinished = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        for name, array in order._asdict().items():
-            np.save(unfinished / f"{name}.npy", array)
         try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for name, array in order._asdict().items():
+                np.save(unfinished / f"{name}.npy", array)
             os.rename(unfinished, folder)
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if not folder.is_dir():
-                raise
+
+    def is_stored(self, epoch: int) -> bool:
+        """Whether the cache folder holds the order of `epoch`."""
+        folder = self._cache_folder(epoch)
+        return folder is not None and folder.is_dir()
 
 
 class SampleStream:
@@ -224,8 +230,15 @@ class SampleStream:
     samples as all its corpora hold together; each corpus goes through its own epochs at its own pace.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        weights: Sequence[float] | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
         self.corpora = list(corpora)
+        self.identity = identity or {}
+        """Split, sequence length and seed: with the corpora, what decides the order."""
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
         shares = list(weights or [corpus.samples_per_epoch for corpus in corpora])
         self.weights = {
@@ -262,7 +275,10 @@ class SampleStream:
         return self._blends[segment.start]
 
     def follow(self, segments: Sequence[Segment]) -> None:
-        """Takes over the history of a run; its last segment decides from its start on."""
+        """Takes over the history of a run; its last segment decides from its start on.
+
+        A corpus that only earlier segments name can be counted, but not read.
+        """
         self.segments = list(segments)
         self._blends = {}
 
@@ -309,9 +325,10 @@ def open_corpora(
                 f" {corpus.tokens} tokens) holds no sample of {seq_length + 1}; use a shorter seq_length"
             )
         train.append(corpus)
-        held_out = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep)
-        if held_out.samples_per_epoch:
-            valid.append(held_out)
+        rest = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep)
+        if rest.samples_per_epoch:
+            valid.append(rest)
             valid_weights.append(weights[i] if weights else 0.0)
-    held_out_stream = SampleStream(valid, valid_weights if weights else None) if valid else None
-    return Corpora(SampleStream(train, weights), held_out_stream)
+    identity = {"split": split, "seq_length": seq_length, "seed": seed}
+    held_out = SampleStream(valid, valid_weights if weights else None, identity) if valid else None
+    return Corpora(SampleStream(train, weights, identity), held_out)

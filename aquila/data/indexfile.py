@@ -17,8 +17,8 @@ from aquila.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-INT32 = 4
+DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CODES = {name: code for code, name in DTYPES.items()}
 _CHUNK = 1 << 20
 
 
@@ -105,19 +105,22 @@ def read_tokens(prefix: str | Path, index: Index) -> np.ndarray:
     return np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
 
 
-def write_index(file: BinaryIO, lengths: np.ndarray, documents: np.ndarray | None = None) -> None:
-    """Writes an `.idx` for int32 tokens; without `documents`, each sequence is a document.
+def write_index(
+    file: BinaryIO, lengths: np.ndarray, documents: np.ndarray | None = None, dtype: str = "<i4"
+) -> None:
+    """Writes an `.idx` for tokens of `dtype`; without `documents`, each sequence is a document.
 
     `lengths` int32 (sequences,); `documents` int64 (documents + 1,). Works in chunks, so that memory
     holds little more than the lengths.
     """
     entries = len(lengths) + 1 if documents is None else len(documents)
-    file.write(HEADER.pack(MAGIC, 1, INT32, len(lengths), entries))
+    code, size = _CODES[dtype], np.dtype(dtype).itemsize
+    file.write(HEADER.pack(MAGIC, 1, code, len(lengths), entries))
     for start in range(0, len(lengths), _CHUNK):
         file.write(lengths[start : start + _CHUNK].astype("<i4").tobytes())
     offset = 0
     for start in range(0, len(lengths), _CHUNK):
-        ends = offset + 4 * np.cumsum(lengths[start : start + _CHUNK], dtype=np.int64)
+        ends = offset + size * np.cumsum(lengths[start : start + _CHUNK], dtype=np.int64)
         file.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
         offset = int(ends[-1])
     for start in range(0, entries, _CHUNK):
