@@ -22,9 +22,9 @@ MODEL = {
     "max_seq_len": 32, "checkpoint_activations": True, "ckpoint_layer": 1,
 }  # fmt: skip
 RUN = {
-    "data_prefix": "data/demo_text_document", "split": "80,20", "batch_size": 2, "gradient_accumulation_steps": 2,
-    "train_iters": 12, "lr": 1e-3, "log_interval": 1, "eval_interval": 4, "eval_iters": 2, "save_interval": 100,
-    "tensorboard": False,
+    "data_prefix": "data/demo_text_document", "split": "80,20", "batch_size": 2,
+    "gradient_accumulation_steps": 2, "train_iters": 12, "lr": 1e-3, "log_interval": 1, "eval_interval": 4,
+    "eval_iters": 2, "save_interval": 100, "tensorboard": False,
 }  # fmt: skip
 EXACT = (
     "step",
@@ -49,8 +49,8 @@ def project(tmp_path_factory) -> Path:
     (project / "run.yaml").write_text(yaml.safe_dump(RUN))
     python(project, "-m", "data_tools.make_demo_corpus", "--output", "demo.jsonl", "--documents", "30")
     python(
-        project, "-m", "data_tools.make_indexed_dataset", "--input", "demo.jsonl", "--output-prefix", "data/demo",
-        "--model-dir", "checkpoints_in/small",
+        project, "-m", "data_tools.make_indexed_dataset", "--input", "demo.jsonl",
+        "--output-prefix", "data/demo", "--model-dir", "checkpoints_in/small",
     )  # fmt: skip
     return project
 
@@ -161,7 +161,7 @@ def test_preloading_starts_from_the_very_weights(project: Path) -> None:
 
 
 def test_training_from_the_originals_golden_weights(project: Path, shared_dir: Path) -> None:
-    """The first loss is that of the original's weights on the first batch, computed apart from the trainer."""
+    """The first loss is that of the original's weights on the first batch, computed apart."""
     nano = project / "checkpoints_in" / "nano"
     shutil.copytree(shared_dir / "data" / "golden" / "aquila-nano", nano, copy_function=shutil.copyfile)
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -188,17 +188,15 @@ def test_training_from_the_originals_golden_weights(project: Path, shared_dir: P
 
 def test_other_data_of_this_model_is_refused_by_the_rank_too(project: Path) -> None:
     """Whoever starts ranks without the launcher gets the same message and status 2."""
-    meta = project / "data" / "other_text_document.meta.json"
+    other = "data/other_text_document"
+    meta = project / f"{other}.meta.json"
     for suffix in ("bin", "idx", "meta.json"):
-        shutil.copy(
-            project / "data" / f"demo_text_document.{suffix}",
-            project / "data" / f"other_text_document.{suffix}",
-        )
+        shutil.copy(project / f"data/demo_text_document.{suffix}", project / f"{other}.{suffix}")
     facts = json.loads(meta.read_text())
     facts["tokenizer"]["fingerprint"] = "0" * 64
     meta.write_text(json.dumps(facts))
     done = subprocess.run(
-        [sys.executable, "-m", "aquila.pretrain", "run.yaml", "small", "refused", "data_prefix=data/other_text_document"],
+        [sys.executable, "-m", "aquila.pretrain", "run.yaml", "small", "refused", f"data_prefix={other}"],
         cwd=project, env=environment(project), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
