@@ -11,7 +11,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100 << 20
+# Values that change dtype or device pass through memory in parts of this size.
+_STAGE_BYTES = 32 << 20
 
 
 class TensorInfo(NamedTuple):
@@ -67,35 +69,45 @@ class SafetensorsReader:
         header.pop("__metadata__", None)
         self.info: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
+        data = 8 + length
         for name, entry in header.items():
-            first, end = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise UserError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported here")
-            info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-            if end - first != _byte_size(info):
-                raise UserError(f"{path}: {name} takes {end - first} bytes, its shape {_byte_size(info)}")
-            if 8 + length + end > size:
-                raise UserError(
-                    f"{path}: cut short: {name} ends beyond the file's {size} bytes; copy it again"
-                )
-            self.info[name], self._offsets[name] = info, 8 + length + first
+            try:
+                dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+                first, end = (int(n) for n in entry["data_offsets"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{path}: the header's entry of {name} is damaged; copy it again") from None
+            if dtype not in _DTYPES:
+                raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported here")
+            info = TensorInfo(shape, _DTYPES[dtype])
+            if first < 0 or min(shape, default=1) < 0 or end - first != _byte_size(info):
+                raise UserError(f"{path}: {name} takes bytes {first} to {end}, its shape {_byte_size(info)}")
+            if data + end > size:
+                raise UserError(f"{path}: cut short: {name} ends beyond {size} bytes; copy it again")
+            self.info[name], self._offsets[name] = info, data + first
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
-        """The tensor; straight into `into` when that is a contiguous CPU tensor of its dtype and shape."""
+        """The tensor, in `into` when given: contiguous, of the same shape, whatever its dtype and device."""
         info = self.info[name]
-        fits = into is not None and into.device.type == "cpu" and into.is_contiguous()
-        direct = fits and into.dtype == info.dtype and tuple(into.shape) == info.shape
-        tensor = into if direct else torch.empty(info.shape, dtype=info.dtype)
-        view = as_bytes(tensor)
+        result = torch.empty(info.shape, dtype=info.dtype) if into is None else into
+        flat = result.view(-1)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offsets[name])
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(f"{self.path}: cut short while reading {name}; copy it again")
-                done += count
-        return tensor if direct or into is None else into.copy_(tensor)
+            if result.device.type == "cpu" and result.dtype == info.dtype:
+                self._fill(file, as_bytes(flat), name)
+                return result
+            stage = torch.empty(min(_STAGE_BYTES // info.dtype.itemsize, flat.numel()), dtype=info.dtype)
+            for part in flat.split(max(1, len(stage))):
+                self._fill(file, as_bytes(stage[: len(part)]), name)
+                part.copy_(stage[: len(part)])
+        return result
+
+    def _fill(self, file: BinaryIO, view: memoryview, name: str) -> None:
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise UserError(f"{self.path}: cut short while reading {name}; copy it again")
+            done += count
 
 
 class TorchReader:
@@ -111,11 +123,16 @@ class TorchReader:
         self.info = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
-        """The tensor, copied out of the mapping, whose pages are then handed back."""
+        """The tensor, in `into` when given, copied out of the mapping, whose pages are then handed back."""
         tensor = self.tensors[name]
-        result = tensor.clone() if into is None else into.copy_(tensor)
-        if self.mapped:
-            _hand_back(tensor)
+        result = torch.empty(tensor.shape, dtype=tensor.dtype) if into is None else into
+        if not (tensor.is_contiguous() and result.is_contiguous()):
+            return result.copy_(tensor)
+        step = _STAGE_BYTES // tensor.element_size()
+        for source, target in zip(tensor.view(-1).split(step), result.view(-1).split(step), strict=True):
+            target.copy_(source)
+            if self.mapped:
+                _hand_back(source)
         return result
 
 

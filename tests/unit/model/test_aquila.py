@@ -174,7 +174,9 @@ def test_wrong_choices_are_named(small_config):
         AquilaModel(small_config(), recompute="some")
 
 
-@pytest.mark.parametrize(("compiler", "layers"), [("inductor", 1), ("aot_eager", 3)])
+@pytest.mark.parametrize(
+    ("compiler", "layers"), [pytest.param("inductor", 1, marks=pytest.mark.slow), ("aot_eager", 3)]
+)
 def test_compiled_blocks_compute_the_same_and_do_not_compile_again(small_config, compiler, layers):
     from torch._dynamo.utils import counters
 

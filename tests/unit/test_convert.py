@@ -1,0 +1,153 @@
+"""Conversion: bit-identical round trips, logits checked, tokenizer files included, nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from aquila.config import ModelConfig
+from aquila.convert import main
+from aquila.errors import UserError
+from aquila.model import AquilaModel, save_weights
+from aquila.tokenizer import load_tokenizer
+
+CONFIGS = {
+    "plain": {"dim": 64, "n_heads": 4},
+    "grouped": {"dim": 96, "n_heads": 6, "n_kv_heads": 2, "rope_theta": 1e6, "norm_eps": 1e-6},
+    "one key head": {"dim": 64, "n_heads": 8, "n_kv_heads": 1, "ffn_dim_multiplier": 1.3},
+}
+
+
+@pytest.fixture
+def source(tmp_path, root):
+    """Makes a checkpoint folder with the tiny model's tokenizer."""
+
+    def make(name="grouped", dtype=torch.float32):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        for file in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+            shutil.copyfile(root / "checkpoints_in" / "aquila-tiny" / file, folder / file)
+        config = ModelConfig(
+            **CONFIGS[name],
+            n_layers=2,
+            multiple_of=16,
+            vocab_size=load_tokenizer(folder).vocab_size,
+            max_seq_len=80,
+        )
+        model = AquilaModel(config, dtype=dtype, seed=3)
+        save_weights(model, folder)
+        (folder / "config.json").write_text(json.dumps(config.model_dump()))
+        return folder, model
+
+    return make
+
+
+def convert(source, target, to, *options):
+    return main(["--input", str(source), "--output", str(target), "--to", to, *options])
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trips_keep_every_bit(source, tmp_path, name, dtype):
+    folder, model = source(name, dtype)
+    for step, to in enumerate(("hf", "aquila", "aquila", "hf", "hf", "aquila")):
+        target = tmp_path / f"{step}-{to}"
+        assert convert(folder, target, to, "--max-shard-gb", "0.0002") == 0
+        folder = target
+        loaded = AquilaModel.from_pretrained(folder, dtype=dtype)
+        assert same(loaded, model)
+        assert loaded.config.ffn_dim == model.config.ffn_dim
+        assert loaded.config.rope_theta == model.config.rope_theta
+        assert loaded.config.norm_eps == model.config.norm_eps
+    released = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert set(released) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_computes_the_same_without_remote_code(source, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    folder, model = source(name)
+    convert(folder, tmp_path / "hf", "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    tokens = torch.randint(model.config.vocab_size, (2, 80))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4
+    assert theirs.generation_config.eos_token_id == load_tokenizer(folder).eos_id
+
+
+def test_auto_tokenizer_gives_the_same_ids(source, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = source()
+    convert(folder, tmp_path / "hf", "hf")
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = ["Three plus four is seven.", " 两个 \n\n  苹果", "a [CLS] b</s><|endoftext|>", "naïve 🙂", ""]
+    for text in texts:
+        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.pad_token_id == ours.pad_id
+    assert theirs.decode([ours.bos_id, *ours.encode("hi"), ours.eos_id], skip_special_tokens=True) == "hi"
+
+
+def test_the_tokenizer_survives_every_way(source, tmp_path):
+    folder, _ = source()
+    convert(folder, tmp_path / "hf", "hf")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (tmp_path / "hf" / name).unlink()  # as in folders that hold tokenizer.json alone
+    convert(tmp_path / "hf", tmp_path / "back", "aquila")
+    ours, back = load_tokenizer(folder), load_tokenizer(tmp_path / "back")
+    assert back.encode("Three plus 四") == ours.encode("Three plus 四")
+    assert (back.bos_id, back.eos_id, back.fingerprint) == (ours.bos_id, ours.eos_id, ours.fingerprint)
+
+
+def test_verify_prints_the_largest_difference(source, tmp_path, capsys):
+    folder, _ = source()
+    assert convert(folder, tmp_path / "hf", "hf", "--verify") == 0
+    assert "largest difference of a logit" in capsys.readouterr().out
+
+
+def test_verify_fails_when_the_rotary_layout_is_wrong(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    folder, _ = source("plain")
+    monkeypatch.setattr("aquila.model.hf.permute", lambda weight, heads: weight)
+    assert convert(folder, tmp_path / "hf", "hf", "--verify") == 1
+    assert "do not use it" in capsys.readouterr().err
+
+
+def test_dtype_is_changed_on_request(source, tmp_path):
+    folder, model = source()
+    convert(folder, tmp_path / "hf", "hf", "--dtype", "bf16")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    loaded = AquilaModel.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    assert same(loaded, model.bfloat16())
+
+
+def test_an_existing_output_is_never_touched(source, tmp_path):
+    folder, _ = source()
+    target = tmp_path / "taken"
+    target.mkdir()
+    (target / "precious").touch()
+    with pytest.raises(UserError, match="exists already"):
+        convert(folder, target, "hf")
+    assert [f.name for f in target.iterdir()] == ["precious"]
+
+
+def test_a_failed_conversion_leaves_nothing(source, tmp_path):
+    folder, _ = source()
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        convert(folder, tmp_path / "out", "hf")
+    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_folder_without_tokenizer_says_so(source, tmp_path, capsys):
+    folder, _ = source()
+    (folder / "vocab.json").unlink()
+    assert convert(folder, tmp_path / "out", "aquila") == 0
+    assert "holds no tokenizer" in capsys.readouterr().err
