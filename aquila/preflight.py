@@ -15,6 +15,7 @@ from rich.table import Table
 from aquila.errors import EXIT_USER_ERROR, run_command
 from aquila.launch.checks import FAIL, PASS, WARN, Checked, check_run
 from aquila.launch.code import find_config_argument, find_file
+from aquila.launch.hosts import check_hosts
 
 STYLES = {PASS: "green", WARN: "yellow", FAIL: "bold red"}
 
@@ -33,6 +34,8 @@ def main() -> int:
         arguments.overrides,
         local=False,
     )
+    if checked.nodes:
+        check_hosts(checked)
     show(checked)
     return EXIT_USER_ERROR if checked.failures else 0
 

@@ -45,6 +45,8 @@ class EffectiveConfig:
     history: dict[str, list[Setting]]
     """For each run key every value that was given, the winner last."""
     notes: list[str]
+    deepspeed_path: Path | None = None
+    """The `deepspeed.json` that was read."""
 
     @property
     def sources(self) -> dict[str, str]:
@@ -128,6 +130,7 @@ def load_run_config(
         },
         history=history,
         notes=notes,
+        deepspeed_path=json_path,
     )
     _cross_check(effective, json_file)
     return effective

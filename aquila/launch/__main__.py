@@ -3,10 +3,13 @@
 import argparse
 import shlex
 import sys
+from pathlib import Path
 
 from aquila.errors import UserError, run_command
 from aquila.launch.checks import WARN, Checked, check_run
 from aquila.launch.code import find_config_argument, find_file
+from aquila.launch.copying import copy_to_nodes
+from aquila.launch.hosts import check_hosts
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.runs import check_experiment
@@ -65,6 +68,9 @@ def trigger(arguments: argparse.Namespace) -> int:
     checked = check_run(
         find_file(arguments.hostfile), config, arguments.model, arguments.overrides, local=local
     )
+    differing: dict[str, list[Path]] = {}
+    if not local and not arguments.no_preflight and not arguments.dry_run and not checked.failures:
+        differing = check_hosts(checked)
     if arguments.no_preflight or arguments.dry_run:
         checked.soften(keep={"hostfile", "this node", "devices", "configuration"})
     checked.raise_failures()
@@ -75,6 +81,9 @@ def trigger(arguments: argparse.Namespace) -> int:
         print(checked.config.table())
         return 0
     print(checked.config.table(), flush=True)
+    for host, paths in differing.items():
+        print(f"copying to {host}: {', '.join(map(str, paths))}", flush=True)
+    copy_to_nodes(differing)
     return launch(
         _request(arguments, checked, experiment, config),
         wait=arguments.wait,

@@ -23,6 +23,7 @@ import psutil
 from aquila.errors import EXIT_USER_ERROR
 from aquila.launch import failure, nodes, runs
 from aquila.launch.code import code_fingerprint
+from aquila.launch.facts import Facts
 from aquila.launch.follow import Follower
 from aquila.launch.ranks import Ranks, Start, kill_marked
 
@@ -42,8 +43,11 @@ def machine_key() -> str:
     return hashlib.sha256(" ".join([socket.gethostname(), *addresses]).encode()).hexdigest()[:12]
 
 
-class Agent:
+class Agent(Facts):
+    """One node's part of a run."""
+
     def __init__(self) -> None:
+        super().__init__()
         self.buffer = self.outbox = b""
         self.ranks: Ranks | None = None
         self.follower: Follower | None = None
@@ -104,7 +108,7 @@ class Agent:
         getattr(self, f"on_{operation}")(**request)
 
     def on_ping(self, time: float) -> None:
-        self.send("pong", sent=time)
+        self.send("pong", sent=time, time=wall_clock())
 
     def on_prepare(
         self,
@@ -271,6 +275,7 @@ class Agent:
                 self.keep_in_touch()
                 self.flush()
         finally:
+            self.forget()
             self.kill()
             if self.ranks:
                 self.finish()
@@ -311,6 +316,10 @@ def agent_alive(state: dict[str, Any]) -> bool:
         same = abs(process.create_time() - state["created"]) < 1.0  # else the pid was given out again
         return same and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def wall_clock() -> float:
+    return time.time()
 
 
 def introduction() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Every check that can be made before a rank starts, each with what to do about it."""
 
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from aquila.config import Device, EffectiveConfig, load_run_config
 from aquila.config.run import parse_blend
 from aquila.errors import UserError
 from aquila.launch.code import ROOT
+from aquila.launch.facts import existing_parent
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.nodes import find_this_node
 from aquila.launch.probe import probe_devices
@@ -80,6 +83,8 @@ def check_run(
     if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
         checked.run("weights", lambda: _weights(checked.config))
         checked.run("tokenizer and data", lambda: _data(checked.config, root))
+        if local:
+            checked.run("disk space", lambda: _room(checked.config, root))
     return checked
 
 
@@ -112,6 +117,45 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
         device = Device(checked.devices["device"], tuple(checked.devices["precisions"]))
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
+
+
+def checkpoint_bytes(config: EffectiveConfig) -> int:
+    """Size of the checkpoints that a run keeps, and of one more that is being written.
+
+    A checkpoint: weights in the training dtype, and in fp32 master weights and Adam's two moments.
+    """
+    weights = 4 if config.run.precision == "fp32" else 2
+    one = config.model.parameter_count() * (weights + (12 if config.run.save_optim else 0))
+    return one * (max(1, config.run.keep_checkpoints) + 1)
+
+
+def _room(config: EffectiveConfig, root: Path) -> str:
+    place = existing_parent(root / "checkpoints_out")
+    return check_room(
+        place, shutil.disk_usage(place).free, os.access(place, os.W_OK), checkpoint_bytes(config)
+    )
+
+
+def check_room(place: Path, free: int, writable: bool, needed: int) -> str:
+    """Raises `UserError` when the checkpoints cannot be written to `place`."""
+    if not writable:
+        raise UserError(f"{place} cannot be written by this user; checkpoints go there")
+    text = f"{free / 1e9:,.1f} GB free under {place}, {needed / 1e9:,.1f} GB needed for checkpoints"
+    if free < needed:
+        raise UserError(f"{text}; make room, or lower keep_checkpoints")
+    return text
+
+
+def small_paths(config: EffectiveConfig) -> list[Path]:
+    """What every node must have alike, and is copied where it is not: configuration and model folder."""
+    places = (config.config_path, config.deepspeed_path, config.model_dir)
+    return [path.resolve() for path in places if path is not None]
+
+
+def data_paths(config: EffectiveConfig, root: Path) -> list[Path]:
+    """What every node must have alike, and is too large to be copied."""
+    prefixes, _ = parse_blend(config.run.data_prefix)
+    return [Path(f"{root / prefix}{end}") for prefix in prefixes for end in (".idx", ".bin")]
 
 
 def weight_files(model_dir: Path) -> list[Path]:

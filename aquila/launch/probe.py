@@ -12,22 +12,55 @@ from aquila.launch.code import ROOT
 
 # Says which import fails, rather than failing: a broken vendor stack is what a probe is for.
 _PROBE = """
-import json
+import json, os, platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+import torch
 from aquila.backend import detect, get_backend
+
 kind = detect()
 backend = get_backend(kind)
+versions = {"Python": platform.python_version()}
+for package in ("torch", "torch_npu", "deepspeed", "megatron-core", "numpy"):
+    try:
+        versions[package] = version(package)
+    except PackageNotFoundError:
+        continue
+for library in ("cuda", "hip", "xpu"):
+    if getattr(torch.version, library, None):
+        versions[library] = getattr(torch.version, library)
+toolkit = os.environ.get("ASCEND_HOME_PATH")
+if toolkit:
+    for name in ("version.cfg", "version.info", "ascend_toolkit_install.info"):
+        path = Path(toolkit, name)
+        if path.is_file():
+            versions["CANN"] = " ".join(path.read_text().split())[:60]
+            break
+if torch.accelerator.is_available():
+    free, total = torch.accelerator.get_memory_info()
+else:
+    import psutil
+    free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
 print("\\nAQUILA-PROBE " + json.dumps({
     "device": kind,
     "count": backend.device_count(),
     "name": backend.device_name(),
     "precisions": list(backend.supported_precisions()),
+    "memory": total,
+    "memory_free": free,
+    "versions": versions,
+    "toolkit": bool(toolkit),
 }))
 """
 
 
 @lru_cache(maxsize=1)
 def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
-    """Device type, count, name and precisions of this machine: keys device, count, name, precisions.
+    """This machine's devices and versions.
+
+    Keys: device (its type), count, name, precisions, memory and memory_free (bytes: of the first
+    accelerator, on a CPU machine of the whole machine), versions, toolkit (whether the accelerator's
+    software is set up in the environment, where it has to be).
 
     Raises `UserError` with Python's own error when torch or the device's library cannot be loaded.
     """
@@ -35,12 +68,23 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UserError(f"looking for devices took longer than {timeout:.0f} s; is a device hung?") from None
     for line in done.stdout.splitlines():
         if line.startswith("AQUILA-PROBE "):
             return json.loads(line.removeprefix("AQUILA-PROBE "))
-    last = done.stderr.strip().splitlines()[-1:] or ["(no message)"]
-    raise UserError(f"{sys.executable} cannot load torch and its device: {last[0]}")
+    last = (done.stderr.strip().splitlines() or ["(no message)"])[-1]
+    raise UserError(f"{sys.executable} cannot load torch and its device: {last}{_remedy(done.stderr)}")
+
+
+def _remedy(error: str) -> str:
+    if "No module named" in error:
+        return "; run: bash scripts/install.sh"
+    if "backend extension" in error or "libascend" in error or "libhccl" in error:
+        return (
+            "; the device's software is not set up: source its set_env.sh (CANN) in the login shell's profile"
+        )
+    return ""

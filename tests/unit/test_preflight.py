@@ -71,7 +71,7 @@ def refused(project: Path, *overrides: str, **more: str) -> str:
 
 def test_all_in_order(project: Path) -> None:
     checked = check(project)
-    assert [finding.state for finding in checked.findings] == [PASS] * 6
+    assert [finding.state for finding in checked.findings] == [PASS] * 7
     assert checked.here.host == "localhost"
 
 
