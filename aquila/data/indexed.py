@@ -42,6 +42,8 @@ with _quietly():
     from megatron.core.datasets import helpers
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+_MADV_POPULATE_READ = 22
+
 _KEPT_EPOCHS = 2
 """Order of this many epochs of a corpus stays in memory: at its end a batch may span two."""
 
@@ -108,11 +110,21 @@ class _PositionedReader:
             os.close(self._file)
 
 
+def _map_at_once(array: np.ndarray) -> None:
+    """Enters a mapped file's pages into this process's page table in one call (Linux 5.14).
+
+    Else each first touch costs a fault of its own, and a larger corpus has more places to touch first.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        array._mmap.madvise(_MADV_POPULATE_READ)
+
+
 def open_dataset(prefix: str | Path) -> IndexedDataset:
     """Megatron's `IndexedDataset` over checked files. Raises `UserError` for damaged ones."""
     read_index(prefix)
     dataset = IndexedDataset(str(prefix), mmap=False)
     dataset.bin_reader = _PositionedReader(bin_path(prefix))
+    _map_at_once(dataset.index.bin_buffer_mmap)
     return dataset
 
 
@@ -198,7 +210,10 @@ class Corpus:
         folder = self._cache_folder(epoch)
         if folder is None or not folder.is_dir():
             return None
-        return EpochOrder(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in EpochOrder._fields))
+        order = EpochOrder(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in EpochOrder._fields))
+        for array in order:
+            _map_at_once(array)
+        return order
 
     def _store(self, epoch: int, order: EpochOrder) -> None:
         """Any number of processes may store at once: the first to rename its folder wins.
