@@ -13,6 +13,7 @@ from aquila.launch.hosts import check_hosts
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.runs import check_experiment
+from aquila.launch.status import show_status
 from aquila.launch.stop import stop_here, stop_nodes
 
 TRIGGER = {"local": "scripts/local_trigger_docker.sh", "dist": "scripts/dist_trigger_docker.sh"}
@@ -22,6 +23,8 @@ def main() -> int:
     arguments = _parse()
     if arguments.command == "stop":
         return stop_here(check_experiment(arguments.experiment))
+    if arguments.command == "status":
+        return show_status(check_experiment(arguments.experiment))
     if arguments.command == "dist-stop":
         return stop_nodes(find_file(arguments.hostfile), check_experiment(arguments.experiment))
     return trigger(arguments)
@@ -46,6 +49,8 @@ def _parse() -> argparse.Namespace:
         )
     stop = commands.add_parser("stop", prog="bash scripts/local_stop_docker.sh", allow_abbrev=False)
     stop.add_argument("experiment")
+    status = commands.add_parser("status", prog="bash scripts/status.sh", allow_abbrev=False)
+    status.add_argument("experiment")
     stop = commands.add_parser("dist-stop", prog="bash scripts/dist_stop_docker.sh", allow_abbrev=False)
     stop.add_argument("hostfile")
     stop.add_argument("experiment")

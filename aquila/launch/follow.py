@@ -34,3 +34,21 @@ class Follower:
             except ValueError:
                 continue
         return [line for line in found if isinstance(line, dict)]
+
+
+def last_lines(path: Path, count: int, reach: int = 64 * 1024) -> list[dict[str, Any]]:
+    """The last whole objects of a JSON-lines file, none when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - reach))
+            lines = file.read().splitlines()[-count - 1 :]
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)][-count:]

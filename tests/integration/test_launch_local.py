@@ -148,10 +148,38 @@ def test_overrides_reach_the_rank_as_they_were_typed(project: Path) -> None:
     assert not (project / "pwned").exists()
 
 
-def stop(project: Path, experiment: str) -> str:
+def test_status_of_a_running_a_stopped_a_failed_and_an_unknown_experiment(project: Path) -> None:
+    assert helpers.launch(project, helpers.standin_request(wait=False, **WITH_STOP))[0] == 0
+    (run_dir,) = helpers.versions(project)
+    helpers.wait_for(lambda: len(helpers.steps(run_dir)) > 3)
+    code, out, _ = script(project, "status.sh", "exp")
+    assert code == 0
+    assert "running" in out
+    assert "localhost: running, 2 slot(s)" in out
+    assert "100 tokens/s" in out
+    assert "last checkpoint: step-00000002" in out
+    stop(project, "exp")
+    code, out, _ = script(project, "status.sh", "exp")
+    assert (code, "stopped, checkpoint saved" in out) == (0, True)
+    helpers.launch(project, helpers.standin_request("bad", overrides=["rank1=raise"], **WITH_STOP))
+    code, out, _ = script(project, "status.sh", "bad")
+    assert code == 1
+    assert "rank 1 on localhost failed first" in out
+    code, _, err = script(project, "status.sh", "unheard-of")
+    assert code == 2
+    assert "there are: bad, exp" in err
+
+
+def script(project: Path, name: str, *words: str) -> tuple[int, str, str]:
+    """Runs one of the project's scripts from another folder."""
     done = subprocess.run(
-        ["bash", str(project / "scripts" / "local_stop_docker.sh"), experiment],
+        ["bash", str(project / "scripts" / name), *words],
         cwd=project.parent, env=helpers.environment(project), text=True, capture_output=True, timeout=30,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.returncode, done.stdout, done.stderr
+
+
+def stop(project: Path, experiment: str) -> str:
+    code, out, err = script(project, "local_stop_docker.sh", experiment)
+    assert code == 0, err
+    return out
