@@ -50,7 +50,7 @@ def attention(
         start=start,
         block=block,
         fused=common.sdpa,
-        triangle_block=common.narrow_attention,
+        triangle_block=reference.plain_attention,
     )
 
 
