@@ -1,6 +1,7 @@
 """Finds the model to talk to. Without torch, so that a wrong path is answered at once."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from aquila.errors import UserError
@@ -16,8 +17,8 @@ HOW_TO_GET_ONE = (
 def find_model_dir(given: str | None, root: Path) -> Path:
     """The model folder to load: `given`, or the newest checkpoint of the newest run under `root`.
 
-    `given` may be a model folder, a run folder, its `checkpoints` folder, or a name under `root`'s
-    `checkpoints_in`. Raises `UserError` saying how to get a model when there is none.
+    `given` may be a model folder, an experiment's or a run's folder, its `checkpoints` folder, or a name
+    under `root`'s `checkpoints_in`. Raises `UserError` saying how to get a model when there is none.
     """
     if given is None:
         found = newest_checkpoint(root / "checkpoints_out")
@@ -31,10 +32,9 @@ def find_model_dir(given: str | None, root: Path) -> Path:
             raise UserError(f"model folder {folder} does not exist; {HOW_TO_GET_ONE}")
         folder = named
     if not (folder / "config.json").is_file():
-        for checkpoints in (folder / "checkpoints", folder):
-            found = _latest(checkpoints)
-            if found is not None:
-                return found
+        found = _newest_of([folder / "checkpoints", folder]) or _newest_of(folder.glob("*/checkpoints"))
+        if found is not None:
+            return found
     if not has_weights(folder):
         raise UserError(
             f"{folder} holds no weights (model.safetensors or pytorch_model.bin); {HOW_TO_GET_ONE}"
@@ -44,7 +44,11 @@ def find_model_dir(given: str | None, root: Path) -> Path:
 
 def newest_checkpoint(runs: Path) -> Path | None:
     """The newest checkpoint of the newest run under `runs` (EXP/VERSION/checkpoints/step-N)."""
-    found = [latest for folder in runs.glob("*/*/checkpoints") if (latest := _latest(folder))]
+    return _newest_of(runs.glob("*/*/checkpoints"))
+
+
+def _newest_of(folders: Iterable[Path]) -> Path | None:
+    found = [latest for folder in folders if (latest := _latest(folder))]
     return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 

@@ -54,6 +54,13 @@ def test_a_run_its_checkpoints_and_a_name_are_understood(tmp_path):
     assert find_model_dir("mine", tmp_path) == named
 
 
+def test_an_experiment_means_its_newest_run(tmp_path):
+    checkpoint(tmp_path, "exp/v1", 5, when=1000)
+    newest = checkpoint(tmp_path, "exp/v2", 3, when=2000)
+    checkpoint(tmp_path, "other/v1", 9, when=3000)
+    assert find_model_dir(str(newest.parents[2]), tmp_path) == newest
+
+
 def test_no_model_says_how_to_get_one(tmp_path):
     with pytest.raises(UserError, match=r"quickstart\.sh.*checkpoints_in"):
         find_model_dir(None, tmp_path)
