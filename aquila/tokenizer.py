@@ -241,7 +241,8 @@ class SentencePieceTokenizer(Tokenizer):
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
         pieces = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
-        self._place_specials({piece: i for i, piece in enumerate(pieces)}, len(pieces))
+        # The model's own control pieces, `</s>` among them, stay unused: the eight follow its last id.
+        self._place_specials({}, len(pieces))
         content = hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
         self.fingerprint = _fingerprint("sentencepiece", content, self.special_tokens)
         self._bytes = [self._piece_to_bytes(i, piece) for i, piece in enumerate(pieces)]
@@ -267,7 +268,7 @@ class SentencePieceTokenizer(Tokenizer):
 def _refusing_surrogates(encode, text: str) -> np.ndarray:
     try:
         return encode(text)
-    except (UnicodeEncodeError, TypeError):
+    except (UnicodeEncodeError, TypeError, RuntimeError):  # of tiktoken, tokenizers, sentencepiece
         if isinstance(text, str) and (found := re.search("[\ud800-\udfff]", text)):
             code = f"U+{ord(found.group()):04X}"
             raise UserError(

@@ -6,10 +6,11 @@ Inputs are .jsonl, .json (an array, or FastChat conversations), .txt and .parque
 
 import argparse
 import os
+import sys
 
 from aquila.data.prepare.documents import TEMPLATES
 from aquila.data.prepare.pipeline import Request, make_datasets
-from aquila.errors import UserError, run_command
+from aquila.errors import EXIT_STOPPED, UserError, run_command
 from aquila.tokenizer import load_tokenizer
 
 
@@ -53,7 +54,11 @@ def main() -> int:
         text_lines=arguments.txt_documents == "line",
         allow_special=arguments.allow_special_tokens,
     )
-    outcome = make_datasets(request, load_tokenizer(arguments.model_dir))
+    try:
+        outcome = make_datasets(request, load_tokenizer(arguments.model_dir))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the finished parts", file=sys.stderr)
+        return EXIT_STOPPED
     if outcome.resumed_parts:
         print(f"went on from {outcome.resumed_parts} finished parts of an interrupted run")
     for prefix, tokens in zip(outcome.prefixes, outcome.tokens, strict=True):

@@ -30,7 +30,8 @@ def merge_datasets(prefixes: Sequence[str], output: str) -> dict[str, int]:
         if index.dtype != indexes[0].dtype:
             raise UserError(f"{prefix} holds {index.dtype}, {prefixes[0]} {indexes[0].dtype}: not merged")
     Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = [Path(f"{path}.tmp-{os.getpid()}") for path in (bin_path(output), idx_path(output))]
+    finals = (bin_path(output), meta_path(output), idx_path(output))
+    unfinished = [Path(f"{path}.tmp-{os.getpid()}") for path in finals]
     try:
         counts = _write(prefixes, indexes, metas, output, *unfinished)
     finally:
@@ -47,7 +48,13 @@ def _meta(prefix: str) -> dict:
 
 
 def _write(
-    prefixes: Sequence[str], indexes: list[Index], metas: list[dict], output: str, bin_: Path, idx: Path
+    prefixes: Sequence[str],
+    indexes: list[Index],
+    metas: list[dict],
+    output: str,
+    bin_: Path,
+    meta_: Path,
+    idx: Path,
 ) -> dict[str, int]:
     digest = hashlib.sha256()
     with bin_.open("wb") as file:
@@ -81,6 +88,7 @@ def _write(
     # The index comes last: without it the other files are no dataset.
     idx_path(output).unlink(missing_ok=True)
     os.replace(bin_, bin_path(output))
-    write_meta(output, meta)
+    write_meta(meta_, meta)
+    os.replace(meta_, meta_path(output))
     os.replace(idx, idx_path(output))
     return counts

@@ -4,7 +4,6 @@ Neither torch nor Megatron is imported here: the launcher checks datasets before
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 import aquila
 from aquila.config.strict import read_json
-from aquila.data.indexfile import Index, read_index, read_tokens
+from aquila.data.indexfile import Index, read_index, read_tokens, sync
 from aquila.errors import UserError
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,15 +47,11 @@ def make_meta(
     return head | {"tokenizer": tokenizer, "counts": counts, "inputs": inputs} | more
 
 
-def write_meta(prefix: str | Path, meta: dict[str, Any]) -> None:
-    """Replaces `PREFIX.meta.json` as a whole."""
-    path = meta_path(prefix)
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def write_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Writes `meta` to `path`, and on to the disk: give the file its final name afterwards."""
+    with path.open("wb") as file:
+        file.write((json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
+        sync(file)
 
 
 def read_meta(prefix: str | Path) -> dict[str, Any] | None:

@@ -225,3 +225,55 @@ def test_missing_folder_and_empty_folder(tmp_path):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def piece_dir(tmp_path_factory):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("pieces")
+    texts = [f"the day after Monday is Tuesday {i} 星期一的后一天" for i in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=320,
+        byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    return folder
+
+
+def test_sentencepiece_model(piece_dir):
+    import sentencepiece
+
+    pieces = load_tokenizer(piece_dir)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(piece_dir / "tokenizer.model"))
+    last = model.vocab_size() - 1
+    assert (pieces.bos_id, pieces.eos_id, pieces.vocab_size) == (last + 7, last + 8, last + 9)
+    for text in ("the day", "  two  spaces ", "星期一 🙂 é", "unseen: ЖЩ\n\ttabs", "a</s>b[CLS]"):
+        ids = pieces.encode(text)
+        assert ids == model.encode(text)
+        assert pieces.decode(ids) == model.decode(ids) == text
+        stream = pieces.decode_stream()
+        pushed = [stream.push(i) for i in ids]
+        assert "\ufffd" not in "".join(pushed)
+        assert "".join(pushed) + stream.flush() == text
+    assert not set(pieces.encode("[CLS] </s>")) & {pieces.bos_id, pieces.eos_id}
+    with pytest.raises(UserError, match="surrogate"):
+        pieces.encode("a\ud800")
+
+
+def test_sentencepiece_model_in_a_dataset(piece_dir, tmp_path):
+    from aquila.data.indexfile import read_index, read_tokens
+    from aquila.data.prepare.pipeline import Request, make_datasets
+
+    pieces = load_tokenizer(piece_dir)
+    (tmp_path / "d.jsonl").write_text('{"text": "the day after Monday"}\n')
+    make_datasets(Request([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), pieces)
+    prefix = tmp_path / "d_text_document"
+    tokens = read_tokens(prefix, read_index(prefix)).tolist()
+    assert tokens == [pieces.bos_id, *pieces.encode("the day after Monday"), pieces.eos_id]
+
+
+def test_broken_sentencepiece_model(tmp_path):
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)

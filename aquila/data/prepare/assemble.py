@@ -51,7 +51,8 @@ class Assembly:
     def _lock(self) -> None:
         self._lock_file = open(self._folder / "lock", "w")  # noqa: SIM115
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock: unlike flock's, the workers forked later do not hold it on after a kill.
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
                 f"another process is making {self._prefixes[0]}; wait for it, or choose another output prefix"
@@ -166,7 +167,8 @@ class Assembly:
             idx_path(prefix).unlink(missing_ok=True)
             meta_path(prefix).unlink(missing_ok=True)
             _give_name(self._folder / f"{i}.bin", bin_path(prefix))
-            write_meta(prefix, meta)
+            write_meta(self._folder / f"{i}.meta", meta)
+            _give_name(self._folder / f"{i}.meta", meta_path(prefix))
             _give_name(indexes[i], idx_path(prefix))
         if self.state["rejected"]:
             sync(self._rejects)
