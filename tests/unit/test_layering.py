@@ -31,7 +31,7 @@ DOORS = {
     "megatron": {"aquila/data/indexed.py"},
 }
 """A library -> the only files that may import it."""
-NO_TORCH = ("aquila/errors.py", "aquila/config/", "aquila/tokenizer.py", "aquila/launch/")
+NO_TORCH = ("aquila/errors.py", "aquila/config/", "aquila/tokenizer/", "aquila/launch/")
 TORCH = {"torch", "deepspeed", "megatron", "transformers"}
 
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquila import tokenizer as module
 from aquila.errors import UserError
-from aquila.tokenizer import BytePairTokenizer, load_tokenizer
+from aquila.tokenizer import SPECIAL_TOKENS, BytePairTokenizer, bytepair, load_tokenizer
 
 TINY = "checkpoints_in/aquila-tiny"
 
@@ -106,25 +105,34 @@ def test_long_text_is_cut_without_changing_ids(tiny, monkeypatch):
     text = "I'm here. It's  two\n\n 3 things, don't x1y2 一二三。四五，六 'll a_b " * 40
     whole = tiny.definition.encode(text).ids
     for size in (1, 2, 3, 7, 50):
-        monkeypatch.setattr(module, "_LONG", size)
-        assert len(module._pieces(text)) > 3
+        monkeypatch.setattr(bytepair, "_LONG", size)
+        assert len(bytepair._pieces(text)) > 3
         assert tiny.encode(text) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(WILD, st.sampled_from(["", "<", ">", "\0<", "[CLS]", "a\0"])), max_size=6))
+def test_documents_in_one_call_are_those_one_by_one(any_tokenizer, texts):
+    tokens, lengths = any_tokenizer.encode_documents(texts)
+    framed = [[any_tokenizer.bos_id, *any_tokenizer.encode(t), any_tokenizer.eos_id] for t in texts]
+    assert lengths.tolist() == [len(ids) for ids in framed]
+    assert tokens.tolist() == [i for ids in framed for i in ids]
 
 
 @settings(max_examples=200, deadline=None)
 @given(WILD, st.integers(1, 5))
 def test_any_text_is_cut_without_changing_ids(any_tokenizer, text, size):
     tokenizer = any_tokenizer
-    before, module._LONG = module._LONG, size
+    before, bytepair._LONG = bytepair._LONG, size
     try:
         assert tokenizer.encode(text) == tokenizer.definition.encode(text).ids
     finally:
-        module._LONG = before
+        bytepair._LONG = before
 
 
 def test_lone_surrogate_is_refused(tiny, root):
     for tokenizer in (tiny, BytePairTokenizer(root / TINY, fast=False)):
-        with pytest.raises(UserError, match=r"character 2 is U\+D83D"):
+        with pytest.raises(UserError, match=r"character 3 is U\+D83D"):
             tokenizer.encode("ab\ud83d")
 
 
@@ -171,7 +179,7 @@ def test_fingerprint_follows_content_not_formatting(tiny, root, tmp_path):
 
 def _write_bpe(folder, merges, order=None):
     folder.mkdir()
-    tokens = ["<|endoftext|>", *module._byte_letters(), *dict.fromkeys(a + b for a, b in merges)]
+    tokens = ["<|endoftext|>", *bytepair._byte_letters(), *dict.fromkeys(a + b for a, b in merges)]
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(order or tokens)}))
     (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges))
     return folder
@@ -191,7 +199,7 @@ def test_vocabulary_that_tiktoken_would_encode_otherwise_falls_back(tmp_path):
 
 
 def test_special_tokens_that_the_vocabulary_already_has_keep_their_ids(tmp_path):
-    tokens = ["<|endoftext|>", *module._byte_letters(), *module.SPECIAL_TOKENS]
+    tokens = ["<|endoftext|>", *bytepair._byte_letters(), *SPECIAL_TOKENS]
     own = load_tokenizer(_write_bpe(tmp_path / "own", [], tokens))
     assert own.vocab_size == len(tokens)
     assert own.bos_id == tokens.index("[CLS]")

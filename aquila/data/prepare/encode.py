@@ -5,12 +5,9 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from aquila.data.prepare.blocks import Block
 from aquila.data.prepare.documents import Found, Reading, as_reject, read_documents
-from aquila.errors import UserError
-from aquila.tokenizer import Tokenizer
+from aquila.tokenizer import Tokenizer, surrogate_at
 
 _HASH_BYTES = 1 << 22
 
@@ -53,38 +50,34 @@ class Encoder:
     def encode(self, block: Block) -> Part:
         """The part of one block. Raises `DamagedInputError`; bad documents are collected, not raised."""
         found, lines = read_documents(block, self.reading)
-        keys = len(self.reading.keys)
-        ids: list[list[np.ndarray]] = [[] for _ in range(keys)]
+        documents: list[list[str]] = []
         rejects: list[dict[str, Any]] = []
-        text_bytes = 0
-        for document in found:
-            if document.texts is not None:
-                encoded, reason = self._ids(document)
-                if encoded is not None:
-                    for key in range(keys):
-                        ids[key].append(encoded[key])
-                    text_bytes += sum(map(len, document.texts))
-                    continue
-                document = document._replace(reason=reason, raw=document.texts[0])
-            rejects.append(as_reject(block.source.path, document.line, document.reason, document.raw))
-        outputs = [self._framed(documents) for documents in ids]
-        return Part(outputs, len(ids[0]), lines, text_bytes, rejects)
+        for document in map(self._without_surrogates, found):
+            if document.texts is None:
+                record = as_reject(block.source.path, document.line, document.reason, document.raw)
+                rejects.append(record)
+            else:
+                documents.append(document.texts)
+        columns = [[texts[i] for texts in documents] for i in range(len(self.reading.keys))]
+        text_bytes = sum(len(text.encode()) for column in columns for text in column)
+        outputs = [self._framed(column) for column in columns]
+        return Part(outputs, len(documents), lines, text_bytes, rejects)
 
-    def _ids(self, document: Found) -> tuple[list[np.ndarray] | None, str]:
-        encode = self.tokenizer.encode_special_array if self.allow_special else self.tokenizer.encode_array
-        try:
-            return [encode(text) for text in document.texts], ""
-        except UserError as error:  # half of a surrogate pair
-            return None, str(error)
+    def _without_surrogates(self, document: Found) -> Found:
+        """The document, or a bad one where a text holds half of a surrogate pair (JSON's `\\ud800`)."""
+        for text in document.texts or ():
+            if (place := surrogate_at(text)) is not None:
+                code = f"U+{ord(text[place]):04X}"
+                reason = f"character {place + 1} is {code}, half of a surrogate pair, which is no text"
+                return Found(document.line, None, reason, text)
+        return document
 
-    def _framed(self, documents: list[np.ndarray]) -> Encoded:
-        lengths = np.fromiter((len(ids) + 2 for ids in documents), np.int32, len(documents))
-        tokens = np.empty(int(lengths.sum(dtype=np.int64)), np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        tokens[ends - lengths] = self.tokenizer.bos_id
-        tokens[ends - 1] = self.tokenizer.eos_id
-        for ids, end, length in zip(documents, ends.tolist(), lengths.tolist(), strict=True):
-            tokens[end - length + 1 : end - 1] = ids
+    def _framed(self, texts: list[str]) -> Encoded:
+        if self.allow_special:
+            ids = [self.tokenizer.encode_special_array(text) for text in texts]
+            tokens, lengths = self.tokenizer.frame(ids)
+        else:
+            tokens, lengths = self.tokenizer.encode_documents(texts)
         data = tokens.astype("<i4", copy=False).tobytes()
         lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, -1)
         return Encoded(data, lengths.astype("<i4").tobytes(), lowest, highest, zlib.crc32(data))

@@ -1,6 +1,8 @@
 """Worker processes that end with their parent, however it ends."""
 
+import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -24,6 +26,7 @@ def run_tasks(
     when one task takes long. An exception of `work` is raised here. Raises `WorkerDiedError`.
     """
     context = multiprocessing.get_context("fork")
+    _return_unused_memory()
     pool = [_start(context, work) for _ in range(workers)]
     try:
         yield from _ordered(pool, iter(tasks), ahead)
@@ -33,6 +36,14 @@ def run_tasks(
             process.terminate()
         for process, _ in pool:
             process.join()
+
+
+def _return_unused_memory() -> None:
+    """What building the tokenizer used and freed would otherwise count again for every worker."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    gc.freeze()
 
 
 def _start(context: Any, work: Callable[[Any], Any]) -> tuple[Any, Connection]:
