@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aquila.backend import get_backend
 
@@ -82,7 +83,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss / total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
+        if ctx.grads is None:
+            raise RuntimeError("the chunked loss gives its gradients once: a second backward has none left")
         factor = upstream if ctx.rest is None else upstream * ctx.rest
         hidden, weight = ctx.grads.scaled(factor)
         ctx.grads = None

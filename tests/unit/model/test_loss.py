@@ -103,6 +103,14 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_way_in_bf16(chunk):
     assert error(weight.grad, weight_grad) <= 1.3 * error(plain_weight, weight_grad)
 
 
+def test_many_chunks_do_not_round_the_bf16_weight_gradient_many_times():
+    hidden, weight, labels = inputs(torch.bfloat16, vocab=40, tokens=800)
+    cross_entropy(hidden, weight, labels, chunk=10).backward()
+    wanted = truth(hidden, weight, labels)[2]
+    (theirs,) = torch.autograd.grad(plain(hidden, weight, labels), weight)
+    assert error(weight.grad, wanted) <= 1.1 * error(theirs, wanted)
+
+
 def test_fp16_gradients_survive_small_probabilities_under_a_loss_scale():
     hidden, weight, labels = inputs(torch.float16, vocab=20000, spread=0.1)
     scale = 2.0**14
