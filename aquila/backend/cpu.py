@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquila.backend import common, reference
+from aquila.backend import common, few_rows, reference
 from aquila.backend.reference import TRIANGLE_BLOCK, swiglu
 
 __all__ = ["swiglu"]
@@ -28,6 +28,8 @@ _LOSS_BLOCK_BYTES = 2 << 20
 
 
 attention_kind = common.fused_or_same
+step_linear = few_rows.linear
+prepare_weight = few_rows.huge_pages
 
 
 def attention(

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquila.backend import common, reference
-from aquila.backend.reference import TRIANGLE_BLOCK, rotary, swiglu
+from aquila.backend.reference import TRIANGLE_BLOCK, prepare_weight, rotary, step_linear, swiglu
 
-__all__ = ["rotary", "swiglu"]
+__all__ = ["prepare_weight", "rotary", "step_linear", "swiglu"]
 
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True

@@ -153,6 +153,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x weight^T for the few rows of a generation step: x (n, K), weight (N, K), returns (n, N) of x's dtype.
+
+    An int8 weight carries `scale` fp32 (N,): its values are weight * scale, row by row.
+    """
+    if scale is None:
+        return torch.nn.functional.linear(x, weight)
+    return (torch.nn.functional.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
+
+
+def prepare_weight(weight: Tensor) -> None:
+    """Readies a weight in place for many calls of `step_linear`; here there is nothing to do."""
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aquila.backend import get_backend
 from aquila.generation.cache import RowCache
 from aquila.model import AquilaModel
 
@@ -41,6 +42,7 @@ class DecodeStep:
 
     def __init__(self, model: AquilaModel):
         self.model = model
+        self.backend = get_backend(model.tok_embeddings.weight.device.type)
         config = model.config
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
         self.layers = [
@@ -54,10 +56,14 @@ class DecodeStep:
             )
             for layer in model.layers
         ]
+        for weight in (*(part for layer in self.layers for part in layer), model.output.weight):
+            if isinstance(weight, Tensor):
+                self.backend.prepare_weight(weight)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: RowCache) -> Tensor:
         """tokens int64 (n,), each row's latest, not yet in `cache`; returns logits (n, V)."""
+        linear = self.backend.step_linear
         model, n, width = self.model, tokens.shape[0], self.heads * self.head_dim
         turning = self.heads + self.kv_heads
         longest = max(cache.lengths) + 1
@@ -67,18 +73,18 @@ class DecodeStep:
         turn = self._turn(cache.lengths, longest, tokens.device)  # complex64 (n, 1, D / 2)
         x = F.embedding(tokens, model.tok_embeddings.weight)  # (n, dim)
         for (attention_norm, wqkv, wo, ffn_norm, w13, w2), kv in zip(self.layers, cache.kv, strict=True):
-            qkv = F.linear(_norm(x, attention_norm), wqkv).view(n, -1, self.head_dim)  # (n, H + 2 K, D)
+            qkv = linear(_norm(x, attention_norm), wqkv).view(n, -1, self.head_dim)  # (n, H + 2 K, D)
             pairs = torch.view_as_complex(qkv[:, :turning].float().unflatten(-1, (-1, 2)))
             qkv[:, :turning] = torch.view_as_real(pairs * turn).flatten(-2)
             kv[rows, :, places] = qkv[:, self.heads :]
             q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # (n, K, H / K, D)
             k, v = kv[:n, : self.kv_heads, :longest], kv[:n, self.kv_heads :, :longest]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-            x = x + F.linear(out.reshape(n, width), wo)
-            gate, up = F.linear(_norm(x, ffn_norm), w13).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, w2)
+            x = x + linear(out.reshape(n, width), wo)
+            gate, up = linear(_norm(x, ffn_norm), w13).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, w2)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return F.linear(_norm(x, model.norm), model.output.weight)
+        return linear(_norm(x, model.norm), model.output.weight)
 
     def _places(self, cache: RowCache, same: bool, device: torch.device):
         """Where the new keys and values go: a slice and one place, or an index pair for unequal rows."""

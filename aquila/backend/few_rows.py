@@ -1,0 +1,124 @@
+"""Products of a few rows with a large matrix on a CPU, at the speed at which memory gives the matrix.
+
+torch's bf16 product of one row reaches half of the memory's bandwidth on small and middling matrices;
+`few_rows.cpp` reaches nearly all of it. It is compiled once a machine, in seconds, and kept in the user's
+cache folder. Where there is no compiler, or AQUILA_NATIVE=0, torch computes the same product.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aquila.backend import reference
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_NAMES = {
+    (torch.bfloat16, torch.bfloat16): "bf16_by_bf16",
+    (torch.bfloat16, torch.int8): "bf16_by_int8",
+    (torch.float32, torch.int8): "fp32_by_int8",
+}
+_MOST_ROWS = 8
+# Beyond these sizes of x it no longer fits the first cache, and torch's blocked product is faster.
+_MOST_X = 32768
+_HUGE_PAGE, _ADVISE_HUGE, _ADVISE_COLLAPSE = 2 << 20, 14, 25  # Linux: MADV_HUGEPAGE, MADV_COLLAPSE
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """As `reference.step_linear`."""
+    rows, inner = x.shape
+    kernel = _kernels().get((x.dtype, weight.dtype))
+    few = rows <= _MOST_ROWS and (rows <= 2 or rows * inner <= _MOST_X or weight.dtype == torch.int8)
+    if kernel is None or not few or not (x.is_contiguous() and weight.is_contiguous()):
+        return reference.step_linear(x, weight, scale)
+    out = x.new_empty(rows, weight.shape[0])
+    scales = None if scale is None else scale.data_ptr()
+    kernel(
+        x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), rows, weight.shape[0], inner,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def available() -> bool:
+    """Whether the compiled kernels are there (compiling them at the first call)."""
+    return bool(_kernels())
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> dict[tuple[torch.dtype, torch.dtype], ctypes._CFuncPtr]:
+    if os.environ.get("AQUILA_NATIVE") == "0":
+        return {}
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    kernels = {}
+    for types, name in _NAMES.items():
+        kernel = getattr(library, name)
+        kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+        kernel.restype = None
+        kernels[types] = kernel
+    return kernels
+
+
+def _built() -> Path:
+    """The compiled library: from the cache, or compiled into it. Raises `OSError`, `SubprocessError`."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
+    key = hashlib.sha256()
+    # A home may be shared by machines of different processors.
+    for part in (_SOURCE.read_bytes(), repr(command).encode(), platform.machine().encode(), _processor()):
+        key.update(part)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aquila"
+    path = folder / f"few_rows-{key.hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+    except OSError:  # a home that cannot be written: for this process alone
+        folder = Path(tempfile.mkdtemp(prefix="aquila-"))
+        path = folder / path.name
+        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", unfinished], check=True, capture_output=True, timeout=120
+        )
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> bytes:
+    """What the processor can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
+        return next(line for line in lines if line.startswith((b"flags", b"Features")))
+    except (OSError, StopIteration):
+        return platform.processor().encode()
+
+
+def huge_pages(tensor: Tensor) -> None:
+    """Asks the system to hold a tensor in huge pages, without which a stream stops at every 4096 bytes.
+
+    Only advice: where the system does not take it, nothing changes.
+    """
+    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
+    if platform.system() != "Linux" or size <= 0:
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for advice in (_ADVISE_HUGE, _ADVISE_COLLAPSE):
+        madvise(start, size, advice)
