@@ -10,6 +10,7 @@ checkpoint saved, 1 anything else.
 import argparse
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,17 +20,26 @@ import torch
 from aquila.backend import detect, get_backend
 from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
 from aquila.data.batches import Batch, Batches
-from aquila.data.indexed import Corpora, open_corpora
+from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
+from aquila.data.order import continue_order, record_order
 from aquila.errors import run_command
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
-from aquila.training.checkpoint import Checkpointer, find_resume, write_atomically
-from aquila.training.engine import Engine, on_first_rank, parameter_groups, processes
+from aquila.training.boards import Board, TensorBoard, WeightsAndBiases
+from aquila.training.checkpoint import Checkpointer
+from aquila.training.engine import Engine, on_first_rank, processes
+from aquila.training.export import Exporter
+from aquila.training.files import write_atomically
+from aquila.training.lock import lock_run
 from aquila.training.metrics import RunLog
+from aquila.training.resume import Resumption, find_resume, same_samples_per_step
 from aquila.training.schedule import Schedule, make_schedule
+from aquila.training.settings import parameter_groups
+from aquila.training.signals import Requests
 from aquila.training.state import TrainState
-from aquila.training.trainer import StopRequest, Trainer
+from aquila.training.trainer import Trainer
+from aquila.training.watchdog import Watchdog
 
 OUTPUT = "checkpoints_out"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,16 +57,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    stop = StopRequest()
-    stop.install()
+    requests = Requests()
+    requests.install()
     backend = get_backend(detect())
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     here = Device(device.type, tuple(backend.supported_precisions()))
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
-    check_datasets(parse_blend(effective.run.data_prefix)[0], effective.model_dir, effective.model.vocab_size)
+    prefixes = parse_blend(effective.run.data_prefix)[0]
+    check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
-    with processes(backend.COMMUNICATION, device) as (rank, world_size):
-        return train(effective, backend, device, run_dir, rank, world_size, stop)
+    with ExitStack() as closing:
+        rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device))
+        return train(effective, backend, device, run_dir, rank, world_size, requests, closing)
 
 
 def train(
@@ -66,39 +78,39 @@ def train(
     run_dir: Path,
     rank: int,
     world_size: int,
-    stop: StopRequest,
+    requests: Requests,
+    closing: ExitStack,
 ) -> int:
     """Builds every part of the run and trains to its end."""
     run = effective.run
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "effective_config.yaml", effective.to_yaml())
-        print(effective.table(), flush=True)
+    on_first_rank(lambda: prepare(run_dir, effective))
     corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, None)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
-    resume = on_first_rank(lambda: find_resume(run_dir, run.resume))
-    model = build_model(effective, backend, device, resume)
-    optimizer = backend.optimizer(
-        run.optimizer, parameter_groups(model, run.weight_decay), run.lr, run.betas, run.eps, run.weight_decay
+    folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
+    resumption = Resumption(folder, effective, world_size) if folder else None
+    model = build_model(effective, backend, device, folder)
+    groups = parameter_groups(model, run.weight_decay)
+    optimizer = backend.optimizer(run.optimizer, groups, run.lr, run.betas, run.eps, run.weight_decay)
+    engine = Engine(
+        model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
     )
-    engine = Engine(model, optimizer, effective, world_size)
-    checkpointer = Checkpointer(run_dir, engine, effective, rank, world_size)
-    state = checkpointer.load(resume) if resume else TrainState()
-    tokens_per_step = run.global_batch_size(world_size) * effective.seq_length
-    log = None
+    state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
+    lines = continue_order(run_dir, corpora.train, state.consumed_samples)
+    watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
+    closing.callback(watchdog.close)
+    log, after_save = None, lambda checkpoint: None
     if rank == 0:
-        start = f"resumes at step {state.step} from {resume}" if resume else "starts at step 0"
-        print(f"{describe(effective, backend, schedule, corpora, world_size)}; {start}", flush=True)
-        log = RunLog(
-            run_dir,
-            total_steps=schedule.total_steps,
-            tokens_per_step=tokens_per_step,
-            world_size=world_size,
-            flops_per_token=effective.model.flops_per_token(effective.seq_length),
-            peak_flops=backend.peak_flops(PRECISIONS[run.precision]),
-            resumed_step=state.step,
-            tensorboard=run.tensorboard,
-        )
+        record_order(run_dir, corpora.train)
+        if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
+            lines.append(warning)
+        print(describe(effective, backend, schedule, corpora, world_size), *lines, sep="\n")
+        print(f"resumes at step {state.step} from {folder}" if folder else "starts at step 0", flush=True)
+        log = open_log(effective, backend, schedule, corpora, run_dir, world_size, state.step)
+        closing.callback(log.close)
+        closing.callback(log.draw)
+        if run.export == "hf":
+            after_save = Exporter(run_dir, run.export_every)
+            closing.callback(after_save.wait)
     feed = partial(
         Batches,
         rank=rank,
@@ -108,29 +120,30 @@ def train(
         device=device,
     )
     batches = feed(corpora.train, state.consumed_samples)
-    trainer = Trainer(
-        run_config=run,
+    closing.callback(batches.close)
+    return Trainer(
+        config=run,
         engine=engine,
         schedule=schedule,
         batches=batches,
         valid_batches=partial(validation, feed, corpora, run.eval_iters, run.batch_size * world_size),
-        checkpointer=checkpointer,
+        documents_of=partial(documents_of, corpora.train),
+        checkpointer=Checkpointer(run_dir, engine, effective, rank, world_size),
+        after_save=after_save,
+        watchdog=watchdog,
+        requests=requests,
         log=log,
         state=state,
-        stop=stop,
-        samples_per_epoch=corpora.train.samples_per_epoch,
-        tokens_per_step=tokens_per_step,
-        memory_gib=backend.memory_gib,
+        seq_length=effective.seq_length,
         synchronize=backend.synchronize,
-        saved_step=state.step if resume else -1,
-    )
-    try:
-        return trainer.run()
-    finally:
-        batches.close()
-        if log is not None:
-            log.draw()
-            log.close()
+    ).run()
+
+
+def prepare(run_dir: Path, effective: EffectiveConfig) -> None:
+    """The run folder, locked against a second run, with the effective configuration in it. Rank 0 alone."""
+    lock_run(run_dir)
+    write_atomically(run_dir / "effective_config.yaml", effective.to_yaml())
+    print(effective.table(), flush=True)
 
 
 def build_model(
@@ -161,6 +174,36 @@ def build_model(
     return model
 
 
+def open_log(
+    effective: EffectiveConfig,
+    backend: ModuleType,
+    schedule: Schedule,
+    corpora: Corpora,
+    run_dir: Path,
+    world_size: int,
+    resumed_step: int,
+) -> RunLog:
+    """metrics.jsonl and the boards that the run asks for."""
+    run = effective.run
+    boards: list[Board] = []
+    if run.tensorboard:
+        boards.append(TensorBoard(run_dir / "tensorboard", resumed_step))
+    if run.wandb:
+        boards.append(WeightsAndBiases(run_dir, run_dir.parent.name, run.model_dump()))
+    return RunLog(
+        run_dir,
+        total_steps=schedule.total_steps,
+        tokens_per_step=run.global_batch_size(world_size) * effective.seq_length,
+        samples_per_epoch=corpora.train.samples_per_epoch,
+        world_size=world_size,
+        flops_per_token=effective.model.flops_per_token(effective.seq_length),
+        peak_flops=backend.peak_flops(PRECISIONS[run.precision]),
+        memory_gib=backend.memory_gib,
+        resumed_step=resumed_step,
+        boards=boards,
+    )
+
+
 def validation(feed: partial, corpora: Corpora, iterations: int, samples: int) -> Iterator[Batch]:
     """The same first micro batches of the validation split each time, at most one pass over it."""
     if corpora.valid is None or corpora.valid.samples_per_epoch < samples:
@@ -173,18 +216,29 @@ def validation(feed: partial, corpora: Corpora, iterations: int, samples: int) -
         batches.close()
 
 
+def documents_of(stream: SampleStream, samples: range) -> str:
+    """'corpus: documents 3, 17, 4' for each corpus that `samples` read from."""
+    found: dict[str, list[int]] = {}
+    for k in samples:
+        provenance = stream[k].provenance
+        found.setdefault(provenance.corpus, []).extend(provenance.document_ids)
+    texts = (f"{corpus}: documents {', '.join(map(str, ids))}" for corpus, ids in found.items())
+    return f"samples {samples.start} to {samples.stop - 1}, " + "; ".join(texts)
+
+
 def describe(
     effective: EffectiveConfig, backend: ModuleType, schedule: Schedule, corpora: Corpora, world_size: int
 ) -> str:
-    """The run in one line."""
+    """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
+    kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (
-        f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}, "
-        f"{backend.kernels()}; {train} training and {valid} validation samples of {effective.seq_length} "
-        f"tokens; {schedule.total_steps} steps of {run.global_batch_size(world_size)} samples, "
-        f"{schedule.warmup_steps} of them warm-up; MFU = tokens/s/device x (6 x (parameters - embedding) + "
-        f"6 x layers x dim x sequence) / peak FLOP/s"
+        f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}; {kernels}\n"
+        f"{train} training and {valid} validation samples of {effective.seq_length} tokens; "
+        f"{schedule.total_steps} steps of {run.global_batch_size(world_size)} samples, "
+        f"{schedule.warmup_steps} of them warm-up\n"
+        "MFU = tokens/s/device x (6 x (parameters - embedding) + 6 x layers x dim x sequence) / peak FLOP/s"
     )
 
 

@@ -96,6 +96,14 @@ class RunConfig(StrictModel):
     """Checkpoints hold the random state (needed to resume exactly)."""
     keep_checkpoints: NonNegativeInt = 0
     """Keep this many newest checkpoints; 0 keeps all."""
+    keep_every: NonNegativeInt = 0
+    """Keep, besides the newest, each checkpoint whose step is a multiple of this; 0 keeps none besides."""
+    background_save: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in host memory."""
+    export: Literal["none", "hf"] = "none"
+    """hf: write a Hugging Face copy beside the checkpoints, checked by its logits."""
+    export_every: PositiveInt = 1
+    """With `export`: at every this many saves."""
     resume: str = "auto"
     """auto: from the experiment's newest checkpoint if there is one; never; or a checkpoint's path."""
 
@@ -108,8 +116,18 @@ class RunConfig(StrictModel):
     """Micro steps of one evaluation on each device, at most."""
     tensorboard: bool = True
     """Write TensorBoard files."""
+    wandb: bool = False
+    """Write Weights & Biases files as well, offline unless WANDB_MODE says otherwise."""
+
+    # Faults
     max_bad_steps: PositiveInt = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
+    skip_spikes: Annotated[float, Field(gt=1)] | None = None
+    """Skip a step whose loss is more than this many times the running mean."""
+    replica_check_interval: NonNegativeInt = 1000
+    """Steps between comparisons of the weights of all ranks; 0 never."""
+    hang_timeout: NonNegativeFloat = 1800
+    """Seconds without a finished step after which the whole run ends with every rank's stack; 0 never."""
 
     # Nodes (read by the launch scripts)
     max_restarts: NonNegativeInt = 0

@@ -1,265 +1,219 @@
-"""Checkpoints: written whole or not at all, verified before they are used.
+"""Checkpoints: written whole or not at all, while training goes on.
 
 A checkpoint `checkpoints/step-00001000/` holds the model folder of that step (`model.safetensors`,
 `config.json`, the tokenizer's files: `generate.py` and `AquilaModel.from_pretrained` take it as it
 is), `deepspeed/` with each rank's share of master weights and optimizer state, `rng/` with each
 rank's random state, `state.json`, and `manifest.json` with size and checksum of every file.
+
+`begin` copies the state into host memory and starts a thread that writes, syncs and sums this rank's
+files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
 """
 
-import hashlib
 import json
 import os
-import random
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+import aquila
 from aquila.config import EffectiveConfig
-from aquila.errors import UserError
 from aquila.model.weights import save_weights
-from aquila.training.engine import SHARDS, Engine
+from aquila.training.engine import SHARDS, Engine, on_first_rank, to_host
+from aquila.training.files import (
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    STATE,
+    fingerprint,
+    list_checkpoints,
+    step_folder,
+    step_of,
+    sync,
+    write_atomically,
+)
+from aquila.training.randomness import random_state
 from aquila.training.state import TrainState
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-MANIFEST = "manifest.json"
-STATE = "state.json"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model", "tokenizer.json")
-_BLOCK = 1 << 20
+MODEL_FILES = (
+    "config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model", "tokenizer.json",
+)  # fmt: skip
 
 
-def step_folder(step: int) -> str:
-    """The checkpoint's name; they sort by step."""
-    return f"step-{step:08d}"
+@dataclass
+class _Save:
+    """A checkpoint on its way: the thread's result is `entries` (file to fingerprint) or `problem`."""
+
+    step: int
+    partial: Path
+    thread: threading.Thread | None = None
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problem: str | None = None
 
 
-@dataclass(frozen=True)
 class Checkpointer:
-    """Writes and reads the checkpoints of one run folder, all ranks together."""
+    """Writes the checkpoints of one run folder, all ranks together; one at a time."""
 
-    run_dir: Path
-    engine: Engine
-    effective: EffectiveConfig
-    rank: int
-    world_size: int
+    def __init__(
+        self, run_dir: Path, engine: Engine, effective: EffectiveConfig, rank: int, world_size: int
+    ) -> None:
+        self.folder = run_dir / FOLDER
+        self._engine = engine
+        self._effective = effective
+        self._rank = rank
+        self._world_size = world_size
+        self._save: _Save | None = None
+        self.stall_seconds = 0.0
+        """How long training stood still for saving, since this was last set to 0."""
 
     @property
-    def folder(self) -> Path:
-        return self.run_dir / FOLDER
+    def busy(self) -> bool:
+        """A save has begun and is not finished."""
+        return self._save is not None
 
-    def save(self, state: TrainState) -> Path:
-        """Writes the checkpoint of `state.step`: temporary folder, barrier, manifest, rename, `latest`.
+    @property
+    def written(self) -> bool:
+        """This rank's part of the save is on the disk, or has failed: `finish` will not wait for it."""
+        return self._save is not None and not (self._save.thread and self._save.thread.is_alive())
 
-        Raises `OSError` on every rank when any rank could not write; older checkpoints stay whole.
-        """
-        final = self.folder / step_folder(state.step)
-        partial = self.folder / f".{final.name}.partial"
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        problem, entries = None, {}
-        try:
-            entries = self._write_own_files(partial, state)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            problem = f"rank {self.rank}: {error}"
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, (entries, problem))
-        problems = [text for _, text in gathered if text]
-        if not problems and self.rank == 0:
+    def begin(self, state: TrainState) -> None:
+        """Copies the state of `state.step` and starts writing it. All ranks together."""
+        assert self._save is None
+        started = time.perf_counter()
+        partial = self.folder / f".{step_folder(state.step)}.partial"
+        save = _Save(state.step, partial)
+        self._save = save
+        save.problem = on_first_rank(lambda: _make_folders(partial))
+        if save.problem:
+            return
+        run = self._effective.run
+        weights = self._engine.weights()  # with ZeRO-3 all ranks together
+        weights = to_host(weights) if self._rank == 0 else None
+        shards = self._engine.snapshot_shards(partial) if run.save_optim else []
+        generators = random_state() if run.save_rng else None
+        facts = self._facts(state)
+
+        def write() -> None:
             try:
-                self._commit(
-                    partial, final, {name: entry for files, _ in gathered for name, entry in files.items()}
-                )
+                self._write(save, weights, shards, generators, facts)
+            except Exception as error:  # a full disk comes as OSError or, from torch, as RuntimeError
+                save.problem = f"{type(error).__name__}: {error}"
+
+        if run.background_save:
+            save.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            save.thread.start()
+        else:
+            write()
+        self.stall_seconds += time.perf_counter() - started
+
+    def finish(self) -> tuple[Path, int]:
+        """Waits for every rank's part and commits the checkpoint: its folder and step. All ranks together.
+
+        Raises `OSError` on every rank when any could not write; older checkpoints stay whole.
+        """
+        save, self._save = self._save, None
+        assert save is not None
+        started = time.perf_counter()
+        if save.thread is not None:
+            save.thread.join()
+        final = self.folder / step_folder(save.step)
+        gathered: list[Any] = [None] * self._world_size
+        dist.all_gather_object(gathered, (save.entries, save.problem))
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(gathered) if problem]
+        if not problems and self._rank == 0:
+            entries = {name: entry for files, _ in gathered for name, entry in files.items()}
+            try:
+                self._commit(save.partial, final, entries)
             except OSError as error:
                 problems = [f"rank 0: {error}"]
         outcome = [problems]
         dist.broadcast_object_list(outcome, src=0)
+        self.stall_seconds += time.perf_counter() - started
         if outcome[0]:
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            if self._rank == 0:
+                shutil.rmtree(save.partial, ignore_errors=True)
             raise OSError("; ".join(outcome[0]))
-        return final
+        return final, save.step
 
-    def _write_own_files(self, partial: Path, state: TrainState) -> dict[str, dict[str, Any]]:
-        run = self.effective.run
-        weights = self.engine.weights()
-        if self.rank == 0:
-            save_weights(weights, partial)
-            for name in ("config.json", *TOKENIZER_FILES):
-                if (self.effective.model_dir / name).is_file():
-                    shutil.copyfile(self.effective.model_dir / name, partial / name)
-            (partial / STATE).write_text(json.dumps(self._state(state), indent=1), encoding="utf-8")
-        if run.save_rng:
-            (partial / "rng").mkdir(exist_ok=True)
-            torch.save(random_state(), partial / "rng" / f"rank-{self.rank:05d}.pt")
-        if run.save_optim:
-            self.engine.save_shards(partial)
-        return {name: fingerprint(partial / name) for name in self._own_files(partial)}
+    def _write(
+        self,
+        save: _Save,
+        weights: dict[str, torch.Tensor] | None,
+        shards: list,
+        generators: dict[str, Any] | None,
+        facts: dict[str, Any],
+    ) -> None:
+        """This rank's files: its random state, its shards, and the model folder from rank 0."""
+        mine = []
+        if weights is not None:
+            before = set(save.partial.iterdir())
+            save_weights(weights, save.partial)
+            for name in MODEL_FILES:
+                if (self._effective.model_dir / name).is_file():
+                    shutil.copyfile(self._effective.model_dir / name, save.partial / name)
+            (save.partial / STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            mine += [path for path in save.partial.iterdir() if path.is_file() and path not in before]
+        if generators is not None:
+            mine.append(save.partial / "rng" / f"rank-{self._rank:05d}.pt")
+            torch.save(generators, mine[-1])
+        for state, path in shards:
+            mine.append(path)
+            torch.save(state, path)
+        for path in mine:
+            sync(path)
+            save.entries[str(path.relative_to(save.partial))] = fingerprint(path)
 
-    def _own_files(self, partial: Path) -> list[str]:
-        """Each file is summed by one rank: its own random state, its share, and rank 0 the rest."""
-        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        mine = [f"rng/rank-{self.rank:05d}.pt"] + [n for n in names if f"_pp_rank_{self.rank}_" in n]
-        if self.rank == 0:
-            mine += [n for n in names if "/" not in n or (n.startswith(SHARDS) and "_pp_rank_" not in n)]
-        return [name for name in names if name in set(mine)]
-
-    def _state(self, state: TrainState) -> dict[str, Any]:
-        from aquila import __version__
-
-        run = self.effective.run
+    def _facts(self, state: TrainState) -> dict[str, Any]:
+        run = self._effective.run
         return {
             **state.to_dict(),
-            "world_size": self.world_size,
+            "world_size": self._world_size,
             "batch_size": run.batch_size,
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
-            "seq_length": self.effective.seq_length,
+            "seq_length": self._effective.seq_length,
             "seed": run.seed,
             "precision": run.precision,
             "zero_stage": run.zero_stage,
-            "version": __version__,
+            "version": aquila.__version__,
             "torch": torch.__version__,
         }
 
     def _commit(self, partial: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-        (partial / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
-        for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+        for name in ("rng", SHARDS):
+            if not any((partial / name).iterdir()):
+                (partial / name).rmdir()
+        manifest = partial / MANIFEST
+        manifest.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
+        sync(manifest)
+        for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+            sync(folder)
         if final.exists():  # the same step, taken again after resuming from an earlier one
             shutil.rmtree(final)
         os.rename(partial, final)
+        sync(self.folder)
         write_atomically(self.folder / LATEST, final.name + "\n")
         self._drop_old()
 
     def _drop_old(self) -> None:
-        keep = self.effective.run.keep_checkpoints
-        for old in list_checkpoints(self.folder)[:-keep] if keep else []:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def load(self, folder: Path) -> TrainState:
-        """Takes optimizer, master weights and random state from `folder`; the weights are loaded before."""
-        state = read_state(folder)
-        if (folder / SHARDS).is_dir():
-            self._load_shards(folder, state)
-        elif self.rank == 0:
-            print(f"warning: {folder} holds no optimizer state: the resumed run is not exact", flush=True)
-        own = folder / "rng" / f"rank-{self.rank:05d}.pt"
-        if own.is_file():
-            restore_random_state(torch.load(own, weights_only=False))
-        return TrainState(**{key: state[key] for key in TrainState.__dataclass_fields__})
-
-    def _load_shards(self, folder: Path, state: dict[str, Any]) -> None:
-        if state["world_size"] != self.world_size:
-            raise UserError(
-                f"{folder}: its optimizer state is of {state['world_size']} devices, this run has "
-                f"{self.world_size}; use as many, or resume=never with bmt_pre_load=True from its weights"
-            )
-        self.engine.load_shards(folder)
+        """Keeps the newest `keep_checkpoints`, and those that `keep_every` keeps."""
+        run = self._effective.run
+        if run.keep_checkpoints:
+            for old in list_checkpoints(self.folder)[: -run.keep_checkpoints]:
+                if not (run.keep_every and step_of(old) % run.keep_every == 0):
+                    shutil.rmtree(old, ignore_errors=True)
 
 
-def find_resume(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, verified; None to start anew.
-
-    With `auto` a damaged checkpoint is named and the newest whole one before it is used. Raises
-    `UserError` for a given path that is no whole checkpoint, and when none of several is whole.
-    """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        folder = Path(resume)
-        problem = damage(folder)
-        if problem:
-            raise UserError(f"resume={resume}: {problem}")
-        return folder
-    found = list_checkpoints(run_dir / FOLDER)
-    for folder in reversed(found):
-        problem = damage(folder)
-        if problem is None:
-            return folder
-        print(f"warning: checkpoint {folder} is not whole and is not used: {problem}", flush=True)
-    if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {run_dir / FOLDER} is whole; "
-            "restore one, or start anew under another experiment name or with resume=never"
-        )
-    return None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints by step, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint `folder`, compared with its manifest; None when it is whole."""
-    if not folder.is_dir():
-        return f"{folder} does not exist"
+def _make_folders(partial: Path) -> str | None:
+    """An empty folder to write into; what went wrong, if it did."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"file {name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"file {name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if fingerprint(path) != expected:
-            return f"file {name} is damaged (its checksum differs)"
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in ("rng", SHARDS):
+            (partial / name).mkdir(parents=True)
+    except OSError as error:
+        return str(error)
     return None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that a crash leaves the old content or the new, and both synced."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every generator a step may draw from."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.accelerator.is_available():
-        state["device"] = torch.get_device_module().get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "device" in state and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(state["device"])

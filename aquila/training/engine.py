@@ -3,19 +3,26 @@
 The only importer of DeepSpeed. Everything else speaks to `Engine`.
 """
 
+import copy
 import logging
 import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
 from aquila.errors import UserError
+from aquila.training.settings import deepspeed_config
 
 Result = TypeVar("Result")
 SHARDS = "deepspeed"
@@ -36,16 +43,20 @@ class StepResult:
     """Of one optimizer step, the same on every rank.
 
     loss: mean over ranks and micro steps. grad_norm: before clipping. skipped: the optimizer did
-    not step because something was not finite. rank_losses: (world size,), to find who it was.
-    stop: some rank was asked to stop.
+    not step because something was not finite, or the loss was a spike. rank_losses and
+    forward_seconds: (world size,), to find who it was. notices: for each notice given, whether any
+    rank gave it, and whether all did.
     """
 
     loss: float
     grad_norm: float
     loss_scale: float
     skipped: bool
+    spike: bool
     rank_losses: list[float]
-    stop: bool
+    forward_seconds: list[float]
+    any_notice: list[bool]
+    all_notice: list[bool]
 
 
 @contextmanager
@@ -68,11 +79,10 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     }.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = "0"
+        os.environ["MASTER_PORT"] = str(_free_port())
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _free_port_for_one()
     deepspeed.init_distributed(dist_backend=communication, auto_mpi_discovery=False, verbose=False)
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -95,27 +105,24 @@ def on_first_rank(function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def _free_port_for_one() -> None:
-    """A world of one needs no agreed port: any free one will do."""
-    if os.environ["MASTER_PORT"] == "0":
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def quiet_libraries() -> None:
-    """Leaves warnings and errors of DeepSpeed, and drops its running commentary."""
-    import warnings
-
+    """Leaves errors of DeepSpeed, and drops its running commentary."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 class Engine:
-    """A model that trains: forward, backward, reduction, clipping and step, on all ranks together."""
+    """A model that trains: forward, backward, reduction, clipping and step, on all ranks together.
+
+    universal: the shards to load were written by another number of ranks, ZeRO stage or precision.
+    """
 
     def __init__(
         self,
@@ -123,62 +130,85 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         effective: EffectiveConfig,
         world_size: int,
+        *,
+        universal: bool = False,
     ) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        config = deepspeed_config(effective)
+        if universal:
+            config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
         self.world_size = world_size
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(effective), dist_init_required=False
-        )
         self._stage = effective.run.zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
 
     @property
     def device(self) -> torch.device:
         return self._engine.device
 
     def train_step(
-        self, batches: Sequence[MicroBatch], learning_rate: float, *, stop_requested: bool = False
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        *,
+        notices: Sequence[bool] = (),
+        spike_above: float | None = None,
     ) -> StepResult:
-        """One optimizer step over `batches`, one micro step each; DeepSpeed averages over them."""
+        """One optimizer step over `batches`, one micro step each; DeepSpeed averages over them.
+
+        notices: flags that travel with the losses, so that all ranks act on them at the same step.
+        spike_above: skip the step, on all ranks, when the mean loss is above this.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         scale = float(self._engine.optimizer.loss_scale)  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for batch in batches:
-            loss = self._engine(
-                batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents
-            )
-            self._engine.backward(loss)
+        forward_seconds, spike = 0.0, False
+        for number, batch in enumerate(batches, start=1):
+            started = time.perf_counter()
+            loss = self._loss(self._engine, batch)
             total += loss.detach()
+            forward_seconds += time.perf_counter() - started
+            if spike_above is not None and number == len(batches):
+                (losses,) = self.gather(total / len(batches))
+                spike = sum(losses) / self.world_size > spike_above
+            # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
+            self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        mean = total / len(batches)
-        losses, stops = self.gather(mean, stop_requested)
+        losses, seconds, *flags = self.gather(total / len(batches), forward_seconds, *notices)
         norm = self._engine.get_global_grad_norm()
         return StepResult(
-            loss=sum(losses) / len(losses),
+            loss=sum(losses) / self.world_size,
             grad_norm=float(norm) if norm is not None else float("nan"),
             loss_scale=scale,
             skipped=bool(self._engine.optimizer.overflow),
+            spike=spike,
             rank_losses=losses,
-            stop=any(stops),
+            forward_seconds=seconds,
+            any_notice=[any(column) for column in flags],
+            all_notice=[all(column) for column in flags],
         )
 
+    @staticmethod
+    def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
+
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch] | Iterator[MicroBatch]) -> float:
-        """Mean loss of the counted tokens of `batches` over all ranks; no gradients, nothing changed."""
-        total = torch.zeros(2, dtype=torch.float64)
+    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
+        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
+        total, count = 0.0, 0.0
         self.model.eval()
         for batch in batches:
-            loss = self.model(
-                batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents
-            )
-            count = batch.loss_mask.sum().item()
-            total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+            counted = batch.loss_mask.sum().item()
+            total += self._loss(self.model, batch).item() * counted
+            count += counted
         self.model.train()
-        sums, counts = self.gather(*total.tolist())
-        return sum(sums) / max(1.0, sum(counts))
+        totals, counts = self.gather(total, count)
+        return sum(totals) / sum(counts) if sum(counts) else None
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
@@ -189,62 +219,110 @@ class Engine:
         dist.all_gather_into_tensor(table, row)
         return table.view(self.world_size, len(values)).t().tolist()
 
-    def save_shards(self, folder: Path) -> None:
-        """Writes this rank's share of master weights and optimizer state into `folder`/deepspeed."""
+    def diverged_ranks(self) -> list[int]:
+        """Ranks whose weights are not, bit for bit, the majority's; none under ZeRO-3, which divides them."""
+        if self._stage == 3:
+            return []
+        integer = {2: torch.int16, 4: torch.int32}
+        sums = [
+            p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64) for p in self.model.parameters()
+        ]
+        # Weighted by place, so that two changes do not cancel; wraps around like any checksum.
+        weighted = sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % (1 << 52)
+        (checksums,) = self.gather(float(weighted))
+        common = max(set(checksums), key=checksums.count)
+        return [rank for rank, checksum in enumerate(checksums) if checksum != common]
+
+    def snapshot_shards(self, folder: Path) -> "list[Snapshot]":
+        """This rank's share of master weights and optimizer state, as copies in host memory to be written
+        below `folder`/deepspeed. All ranks together."""
+        taken: list[Snapshot] = []
+        writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
+        self._engine.checkpoint_engine = _Taker(taken)
         # The weights are saved beside, as a model folder that any tool reads; not a second time here.
         self._engine.module_state_dict = lambda **options: {}
-        self._engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
-        del self._engine.module_state_dict
-        if dist.get_rank() == 0:
-            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's, for folders without the weights
-                script.unlink()
+        self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder
+        try:
+            self._engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = writer
+            self._engine.module_state_dict = module_state
+        return taken
 
     def load_shards(self, folder: Path) -> None:
-        """Takes back what `save_shards` of the same number of ranks wrote. Raises `UserError`."""
+        """Takes back what `snapshot_shards` of the same set-up gave, or what `make_universal` made of it.
+
+        Raises `UserError`.
+        """
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
         )
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights in the training dtype; with ZeRO-3 on rank 0 alone, elsewhere None."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights in the training dtype; with ZeRO-3 on rank 0 alone, elsewhere nothing."""
         if self._stage < 3:
             return dict(self.model.state_dict())
-        return self._engine._zero3_consolidated_16bit_state_dict()
+        return self._engine._zero3_consolidated_16bit_state_dict() or {}
 
 
-def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
-    """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
-    run = effective.run
-    zero = {"contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True}
-    zero |= effective.deepspeed.get("zero_optimization", {}) | {"stage": run.zero_stage}
-    config = effective.deepspeed | {
-        "train_micro_batch_size_per_gpu": run.batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
-        "gradient_clipping": run.clip_grad,
-        "steps_per_print": 2**31 - 1,  # the console is ours
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if run.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    if run.precision == "fp16":
-        config["fp16"] = effective.fp16 | {
-            "enabled": True,
-            "loss_scale": 0,  # dynamic
-            "initial_scale_power": max(0, round(run.bmt_loss_scale).bit_length() - 1),
-            "loss_scale_window": run.loss_scale_window,
-        }
-    if run.precision != "fp32" and run.gradient_accumulation_steps > 1:
-        # Sums over many micro steps in 16 bits would lose the small gradients.
-        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    return config
+class Snapshot(NamedTuple):
+    """A file to be written: `torch.save(state, path)`."""
+
+    state: Any
+    path: Path
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors (norms) without, as in the original recipe."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+class _Taker:
+    """Stands in for DeepSpeed's writer of checkpoints: takes copies instead of writing files."""
+
+    def __init__(self, taken: list[Snapshot]) -> None:
+        self._taken = taken
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._taken.append(Snapshot(to_host(state_dict), Path(path)))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        os.makedirs(path, exist_ok=exist_ok)
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, rank: int) -> bool:
+        return rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
+
+
+def to_host(state: Any) -> Any:
+    """A copy of nested dicts and lists with every tensor copied into host memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)((key, to_host(value)) for key, value in state.items())
+    if isinstance(state, list | tuple) and not hasattr(state, "_fields"):
+        return type(state)(to_host(value) for value in state)
+    return copy.deepcopy(state)
+
+
+def make_universal(shards: Path, folder: Path) -> None:
+    """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
+
+    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    """
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        "--input_folder", str(shards), "--output_folder", str(folder),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(
+            f"{shards} could not be converted for another number of devices:\n{done.stderr[-2000:]}"
+        )

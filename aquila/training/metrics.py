@@ -1,12 +1,15 @@
-"""What a run says of itself: metrics.jsonl, the console, TensorBoard, loss.png. Rank 0 only."""
+"""What a run says of itself: metrics.jsonl, the console, boards, plots. Rank 0 only."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aquila.training.boards import Board
+from aquila.training.engine import StepResult
 from aquila.training.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -20,24 +23,42 @@ class StepTimer:
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
+        self._forward: list[list[float]] = []
+        self._others: dict[str, float] = {}
         self._first: float | None = None
         self._started = 0.0
 
     def start(self) -> None:
         self._started = time.perf_counter()
 
-    def stop(self) -> None:
+    def stop(self, forward_seconds: list[float]) -> None:
+        """Ends a step. forward_seconds: of each rank, before it waits for any other."""
         seconds = time.perf_counter() - self._started
         if self._first is None:
             self._first = seconds
         else:
             self._seconds.append(seconds)
+            self._forward.append(forward_seconds)
 
-    def take(self) -> float:
-        """Mean seconds a step since the last call."""
+    def other(self, name: str, seconds: float) -> None:
+        """Time that training stood still for something else."""
+        self._others[name] = self._others.get(name, 0.0) + seconds
+
+    def take(self) -> tuple[float, dict[str, Any]]:
+        """Since the last call: mean seconds a step, and what else there is to say.
+
+        The rest has `slowest_rank` and `slowest_rank_excess` (its forward time over the mean of all,
+        minus 1) where there are several ranks, and the seconds of other things by name.
+        """
         mean = sum(self._seconds) / len(self._seconds) if self._seconds else self._first or 0.0
-        self._seconds = []
-        return mean
+        rest: dict[str, Any] = {name: round(seconds, 3) for name, seconds in self._others.items()}
+        if self._forward and len(self._forward[0]) > 1:
+            sums = [sum(column) for column in zip(*self._forward, strict=True)]
+            slowest = max(range(len(sums)), key=sums.__getitem__)
+            rest["slowest_rank"] = slowest
+            rest["slowest_rank_excess"] = round(sums[slowest] * len(sums) / sum(sums) - 1, 3)
+        self._seconds, self._forward, self._others = [], [], {}
+        return mean, rest
 
 
 class RunLog:
@@ -45,6 +66,7 @@ class RunLog:
 
     flops_per_token: of training, from the model's configuration.
     peak_flops: of one device in the training dtype, or None where it is not known (no MFU then).
+    memory_gib: peak memory of this process's device.
     """
 
     def __init__(
@@ -53,59 +75,58 @@ class RunLog:
         *,
         total_steps: int,
         tokens_per_step: int,
+        samples_per_epoch: int,
         world_size: int,
         flops_per_token: float,
         peak_flops: float | None,
+        memory_gib: Callable[[], float],
         resumed_step: int,
-        tensorboard: bool,
+        boards: Sequence[Board] = (),
     ) -> None:
         self._folder = folder
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
+        self._samples_per_epoch = samples_per_epoch
         self._world_size = world_size
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._memory_gib = memory_gib
+        self._boards = boards
         forget_after(folder / METRICS, resumed_step)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = _open_board(folder / "tensorboard", resumed_step) if tensorboard else None
 
     def step(
         self,
         state: TrainState,
-        *,
-        loss: float,
+        result: StepResult,
         learning_rate: float,
-        grad_norm: float,
-        loss_scale: float,
-        step_seconds: float,
-        memory_gib: float,
-        epoch: int,
+        timer: StepTimer,
         valid_loss: float | None = None,
-        skipped: bool = False,
     ) -> None:
         """One logged step. Rates count the steps' own time alone."""
+        step_seconds, rest = timer.take()
         rate = self._tokens_per_step / step_seconds if step_seconds else 0.0
         per_device = rate / self._world_size
         record: dict[str, Any] = {
             "step": state.step,
-            "loss": loss,
+            "loss": result.loss,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "loss_scale": loss_scale,
+            "grad_norm": result.grad_norm,
+            "loss_scale": result.loss_scale,
             "tokens_per_second": round(rate, 2),
             "tokens_per_second_per_device": round(per_device, 2),
             "mfu": round(per_device * self._flops_per_token / self._peak_flops, 4)
             if self._peak_flops
             else None,
             "step_seconds": round(step_seconds, 6),
-            "memory_gib": round(memory_gib, 4),
+            "memory_gib": round(self._memory_gib(), 4),
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
-            "epoch": epoch,
-        }
+            "epoch": (state.consumed_samples - 1) // self._samples_per_epoch,
+        } | rest
         if valid_loss is not None:
             record["valid_loss"] = valid_loss
-        if skipped:
+        if result.skipped:
             record["skipped"] = True
         # NaN and infinity are no JSON: a reader in another language would stop at them.
         finite = {
@@ -114,10 +135,8 @@ class RunLog:
         }
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                if key not in {"step", "epoch"} and value is not None:
-                    self._board.add_scalar(key, value, state.step)
+        for board in self._boards:
+            board.write(finite)
         print(self._line(record), flush=True)
 
     def _line(self, record: dict[str, Any]) -> str:
@@ -135,25 +154,30 @@ class RunLog:
             parts.insert(5, f"mfu {record['mfu']:.1%}")
         if "valid_loss" in record:
             parts.insert(2, f"valid {record['valid_loss']:.4f}")
+        if record.get("slowest_rank_excess", 0) > 0.1:
+            parts.append(f"rank {record['slowest_rank']} slower by {record['slowest_rank_excess']:.0%}")
+        for name, what in (("save_seconds", "saving"), ("eval_seconds", "evaluating")):
+            if name in record:
+                parts.append(f"{what} {record[name]:.2f} s")
         if record.get("skipped"):
-            parts.append(f"SKIPPED (not finite, loss scale {record['loss_scale']:g})")
+            parts.append(f"SKIPPED (loss scale {record['loss_scale']:g})")
         return " | ".join(parts)
 
     def draw(self) -> None:
-        """Refreshes loss.png; a plot that fails never stops a run."""
-        if self._board is not None:
-            self._board.flush()
+        """Refreshes loss.png and throughput.png; a plot that fails never stops a run."""
         try:
-            from aquila.training.plot import draw_loss
+            from aquila.training.plot import draw_loss, draw_throughput
 
-            draw_loss(read_metrics(self._folder / METRICS), self._folder / "loss.png")
+            records = read_metrics(self._folder / METRICS)
+            draw_loss(records, self._folder / "loss.png")
+            draw_throughput(records, self._folder / "throughput.png")
         except Exception as error:
-            print(f"warning: loss.png was not drawn: {error}", flush=True)
+            print(f"warning: the plots were not drawn: {error}", flush=True)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -176,9 +200,3 @@ def forget_after(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, path)
-
-
-def _open_board(folder: Path, resumed_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=resumed_step + 1)

@@ -8,16 +8,11 @@ from typing import Any
 
 def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
     """Draws `records` of metrics.jsonl to the PNG `path`, replacing it whole."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     if not points:
         return
     steps, losses = zip(*points, strict=True)
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    figure, (top, bottom) = _figure(2, (9, 6), sharex=True, gridspec_kw={"height_ratios": [4, 1]})
     top.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss")
     top.plot(steps, smooth(list(losses)), color="#08519c", linewidth=1.8, label="smoothed")
     valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
@@ -34,13 +29,48 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
     top.annotate(
         f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(4, 6), fontsize=9
     )
-    top.grid(alpha=0.3)
     top.legend(frameon=False)
-    top.set_title(f"{path.parent.parent.name} / {path.parent.name}: step {steps[-1]:,}", fontsize=11)
     bottom.plot([r["step"] for r in records], [r["learning_rate"] for r in records], color="#31a354")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
-    bottom.grid(alpha=0.3)
+    _title_and_save(figure, top, path, steps[-1])
+
+
+def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws tokens per second, and MFU where it is known, to the PNG `path`, replacing it whole."""
+    points = [(r["step"], r["tokens_per_second"]) for r in records if r.get("tokens_per_second")]
+    if not points:
+        return
+    steps, rates = zip(*points, strict=True)
+    figure, (axis,) = _figure(1, (9, 4))
+    axis.plot(steps, rates, color="#9ecae1", linewidth=0.8)
+    axis.plot(steps, smooth(list(rates)), color="#08519c", linewidth=1.8)
+    axis.set_ylim(0, max(rates) * 1.1)
+    axis.set_ylabel("tokens per second")
+    axis.set_xlabel("optimizer step")
+    mfu = [(r["step"], r["mfu"]) for r in records if r.get("mfu")]
+    if mfu:
+        right = axis.twinx()
+        right.plot(*zip(*mfu, strict=True), alpha=0)  # the same curve in another unit: only its scale shows
+        right.set_ylim(0, max(value for _, value in mfu) * 1.1)
+        right.set_ylabel("model FLOP/s utilization")
+    _title_and_save(figure, axis, path, steps[-1])
+
+
+def _figure(rows: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 1, squeeze=False, **options)[:, 0]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def _title_and_save(figure: Any, axis: Any, path: Path, step: int) -> None:
+    axis.set_title(f"{path.parent.parent.name} / {path.parent.name}: step {step:,}", fontsize=11)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary)
     os.replace(temporary, path)

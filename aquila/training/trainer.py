@@ -1,9 +1,10 @@
 """The loop: take a step; log, evaluate and save at its boundary; stop when asked or done."""
 
-import signal
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from aquila.config import RunConfig
 from aquila.errors import EXIT_FAILURE, EXIT_STOPPED
@@ -11,23 +12,12 @@ from aquila.training.checkpoint import Checkpointer
 from aquila.training.engine import Engine, MicroBatch, StepResult
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.schedule import Schedule
+from aquila.training.signals import Requests
 from aquila.training.state import TrainState
+from aquila.training.watchdog import Watchdog
 
-
-class StopRequest:
-    """SIGTERM and SIGINT finish the step, save, and end the run with status 75."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.requested = True
-        if number == signal.SIGINT:  # a second Ctrl-C ends at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+_MEAN_OVER = 100
+"""Steps over which the running mean of the loss looks back, for `skip_spikes`."""
 
 
 @dataclass
@@ -35,98 +25,163 @@ class Trainer:
     """Everything that a run needs, built; `run` takes it to its end.
 
     batches: this rank's micro batches from `state.consumed_samples` on, without end.
-    valid_batches: makes one evaluation's micro batches, always the same; None without that split.
-    log: on rank 0 alone.
+    valid_batches: makes one evaluation's micro batches, always the same; none without that split.
+    documents_of: names the documents of a range of samples, for what is said of a bad step.
+    after_save: what else is to be done with a finished checkpoint. log: on rank 0 alone.
     """
 
-    run_config: RunConfig
+    config: RunConfig
     engine: Engine
     schedule: Schedule
     batches: Iterator[MicroBatch]
-    valid_batches: Callable[[], Iterator[MicroBatch]] | None
+    valid_batches: Callable[[], Iterator[MicroBatch]]
+    documents_of: Callable[[range], str]
     checkpointer: Checkpointer
+    after_save: Callable[[Path], None]
+    watchdog: Watchdog
+    requests: Requests
     log: RunLog | None
     state: TrainState
-    stop: StopRequest
-    samples_per_epoch: int
-    tokens_per_step: int
-    memory_gib: Callable[[], float]
+    seq_length: int
     synchronize: Callable[[], None]
-    saved_step: int = field(default=-1)
+    timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
         """Trains to the end. Returns the exit status: 0 done, 75 stopped on request, 1 gave up."""
-        timer = StepTimer()
+        saved = self.state.step  # the checkpoint it came from, or nothing to save yet
         while self.state.step < self.schedule.total_steps:
-            timer.start()
             result = self._step()
-            timer.stop()
-            valid_loss = self._evaluate() if self._due(self.run_config.eval_interval) else None
-            first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
-            if first or self._due(self.run_config.log_interval) or valid_loss is not None or result.skipped:
-                self._log(result, timer.take(), valid_loss)
-            if self.state.bad_steps >= self.run_config.max_bad_steps:
+            self._log(result, self._evaluate())
+            if self.state.bad_steps >= self.config.max_bad_steps:
                 return self._give_up(result)
-            stopping = result.stop or self._due(self.run_config.exit_interval)
-            if self._due(self.run_config.save_interval) or stopping:
-                self._save()
-            if stopping and self.state.step < self.schedule.total_steps:
-                return EXIT_STOPPED if self.saved_step == self.state.step else EXIT_FAILURE
-        if self.saved_step != self.state.step:
-            self._save()
-        return 0 if self.saved_step == self.state.step else EXIT_FAILURE
+            if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
+                return self._diverged(bad)
+            stop, save = result.any_notice[0], result.any_notice[1]
+            stop = stop or self._due(self.config.exit_interval)
+            if result.all_notice[2]:  # every rank's part of the save in flight is written
+                saved = self._finish_save(saved)
+            if save or stop or self._due(self.config.save_interval):
+                saved = self._save(saved)
+            if stop:
+                break
+        if self.checkpointer.busy:
+            saved = self._finish_save(saved)
+        if saved < self.state.step:
+            saved = self._finish_save(self._save(saved))
+        if saved < self.state.step:
+            return EXIT_FAILURE
+        return 0 if self.state.step >= self.schedule.total_steps else EXIT_STOPPED
 
     def _step(self) -> StepResult:
-        micro_batches = [next(self.batches) for _ in range(self.run_config.gradient_accumulation_steps)]
-        learning_rate = self.schedule.learning_rate(self.state.step + 1)
-        result = self.engine.train_step(micro_batches, learning_rate, stop_requested=self.stop.requested)
+        self.timer.start()
+        micro_batches = [next(self.batches) for _ in range(self.config.gradient_accumulation_steps)]
+        requests, self.requests.save = (self.requests.stop, self.requests.save), False
+        result = self.engine.train_step(
+            micro_batches,
+            self.schedule.learning_rate(self.state.step + 1),
+            notices=(*requests, self.checkpointer.written),
+            spike_above=self._spike_above(),
+        )
         self.synchronize()
-        samples = self.run_config.global_batch_size(self.engine.world_size)
-        self.state.advance(samples, self.tokens_per_step, bad=result.skipped)
+        self.timer.stop(result.forward_seconds)
+        if result.skipped:
+            self._explain(result)
+        samples = self.config.global_batch_size(self.engine.world_size)
+        self.state.advance(
+            samples,
+            samples * self.seq_length,
+            result.loss,
+            skipped=result.skipped,
+            bad=result.skipped and not result.spike and not self._scale_may_fall(result),
+        )
+        self.watchdog.beat(self.state.step)
         return result
 
     def _due(self, interval: int | None) -> bool:
-        """True every `interval` steps, and for a final step that the interval would just miss never."""
         return bool(interval) and self.state.step % interval == 0
 
+    def _spike_above(self) -> float | None:
+        """The loss above which a step is skipped; only once the mean has settled."""
+        if self.config.skip_spikes is None or self.state.step < _MEAN_OVER:
+            return None
+        return self.config.skip_spikes * self.state.mean_loss
+
+    def _scale_may_fall(self, result: StepResult) -> bool:
+        """An fp16 overflow with a finite loss is no fault while the loss scale can still be lowered."""
+        return self.config.precision == "fp16" and math.isfinite(result.loss) and result.loss_scale > 1
+
     def _evaluate(self) -> float | None:
-        return self.engine.evaluate(self.valid_batches()) if self.valid_batches else None
+        if not self._due(self.config.eval_interval):
+            return None
+        started = time.perf_counter()
+        loss = self.engine.evaluate(self.valid_batches())
+        self.timer.other("eval_seconds", time.perf_counter() - started)
+        self.watchdog.beat(self.state.step)
+        return loss
 
-    def _log(self, result: StepResult, step_seconds: float, valid_loss: float | None) -> None:
-        if self.log is not None:
-            self.log.step(
-                self.state,
-                loss=result.loss,
-                learning_rate=self.schedule.learning_rate(self.state.step),
-                grad_norm=result.grad_norm,
-                loss_scale=result.loss_scale,
-                step_seconds=step_seconds,
-                memory_gib=self.memory_gib(),
-                epoch=(self.state.consumed_samples - 1) // self.samples_per_epoch,
-                valid_loss=valid_loss,
-                skipped=result.skipped,
-            )
+    def _log(self, result: StepResult, valid_loss: float | None) -> None:
+        first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
+        due = first or self._due(self.config.log_interval) or valid_loss is not None or result.skipped
+        if self.log is not None and due:
+            rate = self.schedule.learning_rate(self.state.step)
+            self.log.step(self.state, result, rate, self.timer, valid_loss)
 
-    def _save(self) -> None:
+    def _save(self, saved: int) -> int:
+        """Begins a save, after the one in flight; returns the newest step that is safely saved."""
+        if self.checkpointer.busy:
+            saved = self._finish_save(saved)
+        self.checkpointer.begin(self.state)
+        self.watchdog.beat(self.state.step)
+        return saved if self.config.background_save else self._finish_save(saved)
+
+    def _finish_save(self, saved: int) -> int:
         """A save that fails is reported and training goes on: the older checkpoints are whole."""
+        if not self.checkpointer.busy:
+            return saved
         try:
-            folder = self.checkpointer.save(self.state)
-            self.saved_step = self.state.step
+            folder, saved = self.checkpointer.finish()
             self._say(f"saved {folder}")
+            self.after_save(folder)
         except OSError as error:
-            self._say(f"warning: the checkpoint of step {self.state.step} was not saved: {error}")
+            self._say(f"warning: a checkpoint was not saved, and training goes on without it: {error}")
+        self.timer.other("save_seconds", self.checkpointer.stall_seconds)
+        self.checkpointer.stall_seconds = 0.0
+        self.watchdog.beat(self.state.step)
         if self.log is not None:
             self.log.draw()
+        return saved
+
+    def _explain(self, result: StepResult) -> None:
+        """Says which step was skipped, why, on whose account, and what was read."""
+        if self.log is None:
+            return
+        step, ranks = self.state.step + 1, self.engine.world_size
+        if result.spike:
+            reason = f"loss {result.loss:.3f} is a spike over its mean {self.state.mean_loss:.3f}"
+        elif self._scale_may_fall(result):
+            self._say(f"step {step} overflowed fp16 at loss scale {result.loss_scale:g}, which is lowered")
+            return
+        else:
+            bad = [rank for rank, loss in enumerate(result.rank_losses) if not math.isfinite(loss)]
+            reason = f"loss not finite on ranks {bad}" if bad else "gradient not finite, every loss was"
+        first = self.state.consumed_samples
+        samples = range(first, first + self.config.global_batch_size(ranks))
+        batch = self.documents_of(samples)
+        self._say(f"warning: step {step} is skipped on all ranks: {reason}; its batch: {batch}")
 
     def _give_up(self, result: StepResult) -> int:
-        bad = [rank for rank, loss in enumerate(result.rank_losses) if not abs(loss) < float("inf")]
-        culprits = (
-            f"ranks with a non-finite loss: {bad}" if bad else "every loss was finite, a gradient was not"
-        )
         self._say(
             f"error: loss or gradient was not finite in {self.state.bad_steps} steps in a row, up to step "
-            f"{self.state.step} ({culprits}). The newest checkpoint is from before. Lower lr, look at the "
-            "data of these steps, or try precision fp32; max_bad_steps says how many are tolerated."
+            f"{self.state.step} (max_bad_steps). The newest checkpoint is from before. Look at the documents "
+            "named above, lower lr, or try precision fp32; skip_spikes leaves out single bad batches."
+        )
+        return EXIT_FAILURE
+
+    def _diverged(self, ranks: list[int]) -> int:
+        self._say(
+            f"error: after step {self.state.step} the weights of rank(s) {ranks} differ from the others': a "
+            "device or its memory is at fault. Exclude that device or node; the run goes on from its newest "
+            "checkpoint when it is started again."
         )
         return EXIT_FAILURE
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from aquila.training.plot import draw_loss
+from aquila.training.plot import draw_loss, draw_throughput
 
 
 def test_draws_a_png(tmp_path: Path) -> None:
@@ -17,6 +17,13 @@ def test_draws_a_png(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
+def test_draws_throughput(tmp_path: Path) -> None:
+    records = [{"step": s, "tokens_per_second": 100.0 + s, "mfu": 0.5} for s in range(1, 9)]
+    draw_throughput(records, tmp_path / "throughput.png")
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
     draw_loss([], tmp_path / "loss.png")
+    draw_throughput([], tmp_path / "throughput.png")
     assert not list(tmp_path.iterdir())

@@ -1,8 +1,10 @@
 """The run's own records: valid JSON with every promised key, continued without repeats after a resume."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+from aquila.training.engine import StepResult
 from aquila.training.metrics import RunLog, StepTimer, forget_after, read_metrics
 from aquila.training.plot import smooth
 from aquila.training.state import TrainState
@@ -14,18 +16,28 @@ KEYS = [
 ]  # fmt: skip
 
 
+RESULT = StepResult(
+    loss=2.5, grad_norm=1.0, loss_scale=1.0, skipped=False, spike=False, rank_losses=[2.5, 2.5],
+    forward_seconds=[0.1, 0.1], any_notice=[], all_notice=[],
+)  # fmt: skip
+
+
+class FixedTimer(StepTimer):
+    """Half a second a step."""
+
+    def take(self) -> tuple[float, dict]:
+        return 0.5, super().take()[1]
+
+
 def open_log(folder: Path, resumed_step: int = 0) -> RunLog:
     return RunLog(
-        folder, total_steps=10, tokens_per_step=1000, world_size=2, flops_per_token=2e6, peak_flops=1e9,
-        resumed_step=resumed_step, tensorboard=False,
+        folder, total_steps=10, tokens_per_step=1000, samples_per_epoch=10, world_size=2, flops_per_token=2e6,
+        peak_flops=1e9, memory_gib=lambda: 1.0, resumed_step=resumed_step,
     )  # fmt: skip
 
 
-def write(log: RunLog, step: int, loss: float = 2.5) -> None:
-    log.step(
-        TrainState(step, step * 4, step * 1000), loss=loss, learning_rate=1e-3, grad_norm=1.0, loss_scale=1.0,
-        step_seconds=0.5, memory_gib=1.0, epoch=0,
-    )  # fmt: skip
+def write(log: RunLog, step: int, **changes: float) -> None:
+    log.step(TrainState(step, step * 4, step * 1000), replace(RESULT, **changes), 1e-3, FixedTimer())
 
 
 def test_a_record_has_the_promised_keys_and_right_rates(tmp_path: Path, capsys) -> None:
@@ -35,6 +47,7 @@ def test_a_record_has_the_promised_keys_and_right_rates(tmp_path: Path, capsys) 
     assert list(record) == KEYS
     assert record["tokens_per_second"] == 2000
     assert record["tokens_per_second_per_device"] == 1000
+    assert record["epoch"] == 1  # 12 samples of epochs of 10
     assert record["mfu"] == 2.0  # 1000 tokens/s x 2e6 FLOPs / 1e9 FLOP/s
     assert "step  3/10 | loss 2.5000" in capsys.readouterr().out
 
@@ -69,13 +82,24 @@ def test_forget_after_leaves_a_whole_file_alone(tmp_path: Path) -> None:
 
 def test_the_first_step_does_not_count_where_others_do() -> None:
     timer = StepTimer()
-    timer._started = 0
     for _ in range(3):
         timer.start()
-        timer.stop()
+        timer.stop([0.1, 0.1])
     timer._first = 1000.0
-    assert timer.take() < 1
-    assert timer.take() == 1000.0  # nothing since: only the first is known
+    assert timer.take()[0] < 1
+    assert timer.take()[0] == 1000.0  # nothing since: only the first is known
+
+
+def test_the_slowest_rank_and_other_times_are_told_once() -> None:
+    timer = StepTimer()
+    for forward in ([0.1, 0.1, 9.0], [0.1, 0.3, 0.2], [0.1, 0.3, 0.2]):
+        timer.start()
+        timer.stop(forward)
+    timer.other("save_seconds", 2.0)
+    timer.other("save_seconds", 1.0)
+    rest = timer.take()[1]
+    assert rest == {"save_seconds": 3.0, "slowest_rank": 1, "slowest_rank_excess": 0.5}
+    assert timer.take()[1] == {}
 
 
 def test_smoothing_keeps_the_level_and_passes_over_gaps() -> None:

@@ -1,0 +1,54 @@
+"""Where metrics go besides the run's own files: TensorBoard, Weights & Biases."""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from aquila.errors import UserError
+
+
+class Board(Protocol):
+    def write(self, record: dict[str, Any]) -> None:
+        """One record of metrics.jsonl."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Scalars in `folder`; a resumed run overwrites the steps that it takes again."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run in `folder`, offline unless WANDB_MODE says otherwise. Raises `UserError` without wandb."""
+
+    def __init__(self, folder: Path, experiment: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "wandb: true, but wandb is not installed: pip install wandb, or leave it out"
+            ) from None
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(
+            dir=str(folder), project="aquila", name=experiment, config=config, resume="allow", id=folder.name
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()

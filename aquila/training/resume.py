@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from, and taking it back, on the same ranks or on others."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aquila.config import EffectiveConfig
+from aquila.errors import UserError
+from aquila.training.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.files import FOLDER, damage, list_checkpoints, read_state
+from aquila.training.randomness import restore_random_state
+from aquila.training.state import TrainState
+
+
+def find_resume(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, verified; None to start anew.
+
+    With `auto` a damaged checkpoint is named and the newest whole one before it is used. Raises
+    `UserError` for a given path that is no whole checkpoint, and when none of several is whole.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        problem = damage(Path(resume))
+        if problem:
+            raise UserError(f"resume={resume}: {problem}")
+        return Path(resume)
+    found = list_checkpoints(run_dir / FOLDER)
+    for folder in reversed(found):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f"warning: checkpoint {folder} is not whole and is not used: {problem}", flush=True)
+    if found:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {run_dir / FOLDER} is whole; "
+            "restore one, or start anew under another experiment name or with resume=never"
+        )
+    return None
+
+
+class Resumption:
+    """A checkpoint to be taken back: by the engine that is built for it, and then by this rank."""
+
+    def __init__(self, folder: Path, effective: EffectiveConfig, world_size: int) -> None:
+        self.folder = folder
+        self.facts = read_state(folder)
+        self.has_optimizer = (folder / SHARDS).is_dir()
+        now = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
+        now["precision"] = effective.run.precision
+        self.changes = {k: (self.facts[k], v) for k, v in now.items() if self.facts[k] != v}
+        """What is not as it was, by name: (then, now)."""
+
+    @property
+    def universal(self) -> bool:
+        """The optimizer state has to be divided anew."""
+        return self.has_optimizer and bool(self.changes)
+
+    def load(self, engine: Engine, run_dir: Path, rank: int) -> TrainState:
+        """Optimizer, master weights and random state; the model has its weights already."""
+        if self.universal:
+            self._load_universal(engine, run_dir, rank)
+        elif self.has_optimizer:
+            engine.load_shards(self.folder)
+        elif rank == 0:
+            print(f"warning: {self.folder} holds no optimizer state: this run is not exact", flush=True)
+        own = self.folder / "rng" / f"rank-{rank:05d}.pt"
+        if own.is_file():
+            restore_random_state(torch.load(own, weights_only=False))
+        return TrainState(**{key: self.facts[key] for key in TrainState.__dataclass_fields__})
+
+    def _load_universal(self, engine: Engine, run_dir: Path, rank: int) -> None:
+        """By way of a temporary copy that DeepSpeed can divide among any ranks."""
+        copy = run_dir / FOLDER / f".{self.folder.name}.universal"
+
+        def convert() -> None:
+            changes = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in self.changes.items())
+            print(f"dividing the optimizer state of {self.folder} anew ({changes})", flush=True)
+            shutil.rmtree(copy, ignore_errors=True)
+            copy.mkdir(parents=True)
+            make_universal(self.folder / SHARDS, copy / SHARDS)
+
+        try:
+            on_first_rank(convert)
+            engine.load_shards(copy)
+        finally:
+            on_first_rank(lambda: shutil.rmtree(copy, ignore_errors=True))
+
+
+def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, world_size: int) -> str | None:
+    """A warning when a step now takes another number of samples than in the checkpoint's run."""
+    then = facts["batch_size"] * facts["gradient_accumulation_steps"] * facts["world_size"]
+    now = effective.run.global_batch_size(world_size)
+    if then == now:
+        return None
+    return (
+        f"warning: a step takes {now} samples instead of {then}: the order of samples is the same, "
+        "losses of single steps are not; total steps and schedule follow the new number"
+    )

@@ -1,0 +1,43 @@
+"""What DeepSpeed and the optimizer are told."""
+
+from typing import Any
+
+import torch
+
+from aquila.config import EffectiveConfig
+
+
+def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
+    """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
+    run = effective.run
+    zero = {"contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True}
+    zero |= effective.deepspeed.get("zero_optimization", {}) | {"stage": run.zero_stage}
+    config = effective.deepspeed | {
+        "train_micro_batch_size_per_gpu": run.batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "gradient_clipping": run.clip_grad,
+        "steps_per_print": 2**31 - 1,  # the console is ours
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if run.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if run.precision == "fp16":
+        config["fp16"] = effective.fp16 | {
+            "enabled": True,
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": max(0, round(run.bmt_loss_scale).bit_length() - 1),
+            "loss_scale_window": run.loss_scale_window,
+        }
+    if run.precision != "fp32" and run.gradient_accumulation_steps > 1:
+        # Sums over many micro steps in 16 bits would lose the small gradients.
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    return config
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors (norms) without, as in the original recipe."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
