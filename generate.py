@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: as stored"
     )
+    parse.add_argument("--int8", action="store_true", help="round the matrices to int8 after loading")
     parse.add_argument("--threads", type=int, metavar="N", help="CPU threads")
 
     what = parse.add_argument_group("what to answer (default: a conversation, or standard input's lines)")
@@ -77,7 +78,13 @@ def main() -> int:
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompt_file is not None:
         prompts = batch.read_prompts(Path(arguments.prompt_file))
-    loaded = load(model_dir, device=arguments.device, dtype=arguments.dtype, threads=arguments.threads)
+    loaded = load(
+        model_dir,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        int8=arguments.int8,
+        threads=arguments.threads,
+    )
     print(loaded.description, file=sys.stderr, flush=True)
     session = Session(loaded, sampling, sliding=arguments.sliding)
     if prompts is not None:

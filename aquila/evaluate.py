@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: as stored"
     )
+    parse.add_argument("--int8", action="store_true", help="round the matrices to int8 after loading")
     parse.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parse
 
@@ -107,7 +108,7 @@ def main() -> int:
     device = detect() if arguments.device == "auto" else arguments.device
     with ranks(device) as (rank, world_size):
         place = str(get_backend(device).set_device(int(os.environ.get("LOCAL_RANK", "0"))))
-        loaded = load(model_dir, device=place, dtype=arguments.dtype)
+        loaded = load(model_dir, device=place, dtype=arguments.dtype, int8=arguments.int8)
         check_ids(arguments.data, documents, tokenizer, loaded.model.config.vocab_size)
         report = evaluate(loaded.model, tokenizer, documents, arguments, rank, world_size)
     if rank == 0:
@@ -261,7 +262,7 @@ def evaluate(
         seconds=round(seconds, 3),
         tokens_per_second=round(tokens / seconds, 1),
         ranks=world_size,
-        dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
+        dtype=str(model.tok_embeddings.weight.dtype).removeprefix("torch.") + ", int8" * arguments.int8,
         model_dir=str(arguments.model_dir),
         data=str(arguments.data),
     )

@@ -8,6 +8,7 @@ import torch
 
 from aquila.backend import DEVICE_TYPES, detect, get_backend
 from aquila.errors import UserError
+from aquila.generation.int8 import quantize
 from aquila.model import AquilaModel
 from aquila.model.weights import Weights, load_config
 from aquila.tokenizer import Tokenizer, load_tokenizer
@@ -24,12 +25,19 @@ class Loaded:
     """One line for people: folder, size, dtype, device, seconds."""
 
 
-def load(model_dir: Path, *, device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Loaded:
+def load(
+    model_dir: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    int8: bool = False,
+    threads: int | None = None,
+) -> Loaded:
     """The model and tokenizer of `model_dir`.
 
     `device` auto is the best that this machine has; `dtype` auto is the stored one (fp16 becomes bf16 where
-    the device lacks it). Raises `UserError` for a folder that does not load, or a tokenizer with more ids
-    than the model.
+    the device lacks it); with `int8` the matrices are rounded to it. Raises `UserError` for a folder that
+    does not load, or a tokenizer with more ids than the model.
     """
     started = time.perf_counter()
     if threads:
@@ -49,10 +57,13 @@ def load(model_dir: Path, *, device: str = "auto", dtype: str = "auto", threads:
     chosen = _stored_dtype(model_dir, config, device) if dtype == "auto" else DTYPES[dtype]
     model = AquilaModel.from_pretrained(model_dir, dtype=chosen, device=device)
     model.eval().requires_grad_(False)
+    if int8:
+        quantize(model)
     seconds = time.perf_counter() - started
     name = next(key for key, value in DTYPES.items() if value == chosen)
+    name = f"int8 weights, {name}" if int8 else name
     description = (
-        f"{model_dir}: {_size(model.parameter_count())} parameters, {name} on {device}, "
+        f"{model_dir}: {_size(config.parameter_count())} parameters, {name} on {device}, "
         f"context {config.max_seq_len} tokens, loaded in {seconds:.1f} s"
     )
     return Loaded(model, tokenizer, model_dir, description)

@@ -7,34 +7,49 @@ joint rotation of queries and keys. Tests hold it equal to `AquilaModel`.
 Shapes: n rows, H query heads, K key and value heads, D head size, T longest row with its new token.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aquila.backend import get_backend
 from aquila.generation.cache import RowCache
+from aquila.generation.int8 import Int8Linear
 from aquila.model import AquilaModel
 
 
-def fuse(parts: list[torch.nn.Linear]) -> Tensor:
+class Matrix(NamedTuple):
+    """A weight (N, K), for int8 with its scale fp32 (N,)."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+
+def fuse(parts: list[nn.Module]) -> Matrix:
     """The weights of `parts` as one matrix, rows after rows.
 
-    The parts' parameters become views of it: nothing is held twice, and the model stays whole.
+    The parts' own weights become views of it: nothing is held twice, and the model stays whole.
     """
-    first = parts[0].weight
-    storage = first.untyped_storage().data_ptr()
-    sizes = [part.weight.shape[0] for part in parts]
-    fused = first.new_empty(sum(sizes), first.shape[1])
-    if all(part.weight.untyped_storage().data_ptr() == storage for part in parts):
-        whole = first.as_strided((sum(sizes), first.shape[1]), first.stride(), first.storage_offset())
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        starts = [whole[end - size].data_ptr() for end, size in zip(ends, sizes, strict=True)]
-        if starts == [part.weight.data_ptr() for part in parts]:
-            return whole.detach()  # fused before
-    for part, piece in zip(parts, fused.split(sizes), strict=True):
-        piece.copy_(part.weight.detach())
-        part.weight.data = piece
-    return fused
+    if isinstance(parts[0], Int8Linear):
+        return Matrix(_join(parts, "int8"), _join(parts, "scale"))
+    return Matrix(_join(parts, "weight"))
+
+
+def _join(parts: list[nn.Module], name: str) -> Tensor:
+    pieces = [getattr(part, name).detach() for part in parts]
+    if len(pieces) == 1:
+        return pieces[0]
+    first, rows = pieces[0], sum(len(piece) for piece in pieces)
+    ends = [piece.data_ptr() + piece.nbytes for piece in pieces]
+    if [piece.data_ptr() for piece in pieces[1:]] == ends[:-1]:
+        storage = first.untyped_storage()
+        if all(piece.untyped_storage().data_ptr() == storage.data_ptr() for piece in pieces):
+            return first.as_strided((rows, *first.shape[1:]), first.stride())  # joined before
+    joined = torch.cat(pieces)
+    for part, view in zip(parts, joined.split([len(piece) for piece in pieces]), strict=True):
+        getattr(part, name).data = view
+    return joined
 
 
 class DecodeStep:
@@ -49,16 +64,18 @@ class DecodeStep:
             (
                 layer.attention_norm,
                 fuse([layer.attention.wq, layer.attention.wk, layer.attention.wv]),
-                layer.attention.wo.weight.detach(),
+                fuse([layer.attention.wo]),
                 layer.ffn_norm,
                 fuse([layer.feed_forward.w1, layer.feed_forward.w3]),
-                layer.feed_forward.w2.weight.detach(),
+                fuse([layer.feed_forward.w2]),
             )
             for layer in model.layers
         ]
-        for weight in (*(part for layer in self.layers for part in layer), model.output.weight):
-            if isinstance(weight, Tensor):
-                self.backend.prepare_weight(weight)
+        self.output = fuse([model.output])
+        for layer in self.layers:
+            for matrix in (part for part in layer if isinstance(part, Matrix)):
+                self.backend.prepare_weight(matrix.weight)
+        self.backend.prepare_weight(self.output.weight)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: RowCache) -> Tensor:
@@ -73,18 +90,18 @@ class DecodeStep:
         turn = self._turn(cache.lengths, longest, tokens.device)  # complex64 (n, 1, D / 2)
         x = F.embedding(tokens, model.tok_embeddings.weight)  # (n, dim)
         for (attention_norm, wqkv, wo, ffn_norm, w13, w2), kv in zip(self.layers, cache.kv, strict=True):
-            qkv = linear(_norm(x, attention_norm), wqkv).view(n, -1, self.head_dim)  # (n, H + 2 K, D)
+            qkv = linear(_norm(x, attention_norm), *wqkv).view(n, -1, self.head_dim)  # (n, H + 2 K, D)
             pairs = torch.view_as_complex(qkv[:, :turning].float().unflatten(-1, (-1, 2)))
             qkv[:, :turning] = torch.view_as_real(pairs * turn).flatten(-2)
             kv[rows, :, places] = qkv[:, self.heads :]
             q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # (n, K, H / K, D)
             k, v = kv[:n, : self.kv_heads, :longest], kv[:n, self.kv_heads :, :longest]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-            x = x + linear(out.reshape(n, width), wo)
-            gate, up = linear(_norm(x, ffn_norm), w13).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, w2)
+            x = x + linear(out.reshape(n, width), *wo)
+            gate, up = linear(_norm(x, ffn_norm), *w13).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, *w2)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return linear(_norm(x, model.norm), model.output.weight)
+        return linear(_norm(x, model.norm), *self.output)
 
     def _places(self, cache: RowCache, same: bool, device: torch.device):
         """Where the new keys and values go: a slice and one place, or an index pair for unequal rows."""
@@ -99,5 +116,5 @@ class DecodeStep:
         return torch.complex(cos[places], sin[places])[:, None]
 
 
-def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+def _norm(x: Tensor, norm: nn.Module) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)

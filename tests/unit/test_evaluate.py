@@ -33,7 +33,14 @@ def data(tmp_path_factory):
 
 def run(model_dir, data, split="100", part="train", limit=None, **changes):
     tokenizer = load_tokenizer(model_dir)
-    values = {"seq_length": None, "batch_tokens": 100, "model_dir": model_dir, "data": data, **changes}
+    values = {
+        "seq_length": None,
+        "batch_tokens": 100,
+        "model_dir": model_dir,
+        "data": data,
+        "int8": False,
+        **changes,
+    }
     documents = open_documents(str(data), tokenizer, split, part, limit)
     model = AquilaModel.from_pretrained(model_dir)
     return evaluate(model, tokenizer, documents, SimpleNamespace(**values), 0, 1)
