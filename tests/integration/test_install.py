@@ -1,0 +1,99 @@
+"""Protects: installing from a fresh clone, again in no time, and without any network from a wheelhouse."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bash(folder: Path, *words: str, prefix: tuple[str, ...] = (), **environment: str):
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AQUILA_PYTHON", "VIRTUAL_ENV")}
+    return subprocess.run(
+        [*prefix, "bash", *words],
+        cwd=folder, env={**kept, **environment}, text=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+
+
+def clone(folder: Path) -> Path:
+    """The project's files as they are now, without what an install or a run has made."""
+    project = folder / "a clone"
+    for name in ("aquila", "scripts", "requirements"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, project / name, ignore=ignore)
+    shutil.copy(ROOT / "setup.py", project)
+    return project
+
+
+def fake_python(folder: Path, script: str) -> Path:
+    """A `python3` on a PATH of its own that behaves as the script says."""
+    folder.mkdir()
+    for tool in ("bash", "dirname", "cksum", "grep", "cat", "mkdir", "flock", "uname"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    path = folder / "python3"
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_too_old_a_python_is_named(tmp_path: Path) -> None:
+    fake_python(tmp_path / "bin", 'case "$*" in *version_info*) exit 1;; *) echo 3.8.10;; esac')
+    done = bash(clone(tmp_path), "scripts/install.sh", "cpu", PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert "no Python 3.10 to 3.13 found, only: python3 (3.8.10)" in done.stderr
+
+
+def test_a_missing_venv_module_says_what_to_install(tmp_path: Path) -> None:
+    fake_python(tmp_path / "bin", 'case "$*" in *ensurepip*) exit 1;; *) exit 0;; esac')
+    done = bash(clone(tmp_path), "scripts/install.sh", "cpu", PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert "python3-venv" in done.stderr
+
+
+def test_a_missing_compiler_says_what_to_install(tmp_path: Path) -> None:
+    fake_python(tmp_path / "bin", "exit 0")
+    done = bash(clone(tmp_path), "scripts/install.sh", "cpu", PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert "no C++ compiler" in done.stderr
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    project = clone(tmp_path)
+    assert "unknown argument 'gpu'" in bash(project, "scripts/install.sh", "gpu").stderr
+    assert "does not exist" in bash(project, "scripts/install.sh", "--wheelhouse", "absent").stderr
+    assert (
+        "is not x86_64"
+        in bash(project, "scripts/make_wheelhouse.sh", "cpu", "--platform", "s390x", "d").stderr
+    )
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_a_wheelhouse_installs_without_any_network(tmp_path: Path) -> None:
+    """Collected with this project's own Python, installed in a network namespace with no way out."""
+    isolated = ("unshare", "-n")
+    if subprocess.run([*isolated, "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces need root")
+    project = clone(tmp_path)
+    (project / ".venv").symlink_to(ROOT / ".venv")
+    made = bash(project, "scripts/make_wheelhouse.sh", "cpu", "wheels")
+    assert made.returncode == 0, made.stderr
+    (project / ".venv").unlink()
+
+    done = bash(project, "scripts/install.sh", "cpu", "--wheelhouse", "wheels", prefix=isolated)
+    assert done.returncode == 0, done.stderr
+    imports = "import torch, deepspeed, megatron.core; print(torch.__version__, torch.version.cuda)"
+    python = project / ".venv" / "bin" / "python"
+    told = subprocess.run([python, "-c", imports], text=True, capture_output=True, timeout=120)
+    assert told.stdout.splitlines()[-1].startswith("2.13.0")
+    assert told.stdout.strip().endswith("None")  # no CUDA packages on a CPU machine
+
+    started = time.monotonic()
+    again = bash(project, "scripts/install.sh", "cpu", prefix=isolated)
+    assert again.returncode == 0
+    assert "up to date" in again.stdout
+    assert time.monotonic() - started < 1
