@@ -46,15 +46,22 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--sliding", action="store_true", help="go on past the context by dropping its beginning"
     )
+
+    endpoint = parse.add_argument_group("an endpoint for other programs (OpenAI completions protocol)")
+    which.add_argument("--serve", action="store_true", help="answer HTTP requests until Ctrl-C")
+    endpoint.add_argument("--host", default="127.0.0.1", metavar="H", help="default: this machine only")
+    endpoint.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one")
+    endpoint.add_argument("--max-concurrent", type=int, default=8, metavar="N", help="answers at once")
+    endpoint.add_argument("--max-waiting", type=int, default=64, metavar="N", help="more get status 429")
     return parse
 
 
 def main() -> int:
     arguments = parser().parse_args()
-    if arguments.num_samples < 1:
-        raise UserError(f"--num-samples must be 1 or more (got {arguments.num_samples})")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UserError(f"--threads must be 1 or more (got {arguments.threads})")
+    for name, least in (("num_samples", 1), ("threads", 1), ("max_concurrent", 1), ("max_waiting", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more (got {value})")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
     from aquila.generation.find import find_model_dir
 
@@ -65,6 +72,13 @@ def main() -> int:
     from aquila.generation.sampling import Sampling
     from aquila.generation.session import Session
 
+    if arguments.serve:
+        from aquila.generation import server
+
+        limits = server.Limits(
+            arguments.host, arguments.port, arguments.max_concurrent, arguments.max_waiting
+        )
+        listener = server.listen(limits)  # before the weights: a taken port is known at once
     screen.use_utf8()
     sampling = Sampling(
         arguments.max_new_tokens,
@@ -87,6 +101,8 @@ def main() -> int:
     )
     print(loaded.description, file=sys.stderr, flush=True)
     session = Session(loaded, sampling, sliding=arguments.sliding)
+    if arguments.serve:
+        return server.serve(session, limits, listener)
     if prompts is not None:
         return batch.run_prompts(session, prompts, arguments.num_samples, arguments.json)
     if sys.stdin.isatty():

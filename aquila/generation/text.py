@@ -27,6 +27,8 @@ class Answer:
 
     prompt: str
     sequence: Sequence
+    prompt_number: int = 0
+    """Which prompt of its request this answers."""
     pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     """stop (end token or stop string), length (max_new_tokens), context (the window is full), or
