@@ -65,6 +65,17 @@ def test_resuming_before_a_change_takes_it_back(tmp_path, corpora):
     assert_no_gap(before[:60] + again)
 
 
+def test_resuming_before_a_change_with_its_weights_changes_there(tmp_path, corpora):
+    a, b, _ = corpora
+    before, _ = train(tmp_path, [3, a, 1, b], 0, 100)
+    train(tmp_path, [1, a, 3, b], 100, 150)
+    again, notes = train(tmp_path, [1, a, 3, b], 60, 140)
+    assert "changes at sample 60" in notes[0]
+    assert abs([name for name, _ in again].count(b) - 60) <= 1
+    assert_no_gap(before[:60] + again)
+    assert train(tmp_path, [1, a, 3, b], 90, 100)[1] == []
+
+
 def test_resuming_without_change_is_the_undisturbed_order(tmp_path, corpora):
     a, b, _ = corpora
     whole, _ = train(tmp_path / "..", [3, a, 1, b], 0, 90)

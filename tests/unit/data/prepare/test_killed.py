@@ -8,6 +8,7 @@ import pytest
 from aquila.data.indexfile import read_index
 from aquila.data.prepare import assemble, blocks
 from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.verify import verify_dataset
 from aquila.errors import UserError
 from aquila.tokenizer import load_tokenizer
 
@@ -86,6 +87,26 @@ def test_killed_at_every_step(root, tmp_path, request_of):
         step += 1
     assert step > 15
     assert resumed > step // 2
+
+
+def test_an_older_dataset_of_the_name_is_never_mixed_with_the_new_one(root, tmp_path, request_of):
+    tokenizer = load_tokenizer(root / "checkpoints_in/aquila-tiny")
+    request = request_of("d")
+    new = (tmp_path / "d.jsonl").read_bytes()
+    step, status = 12, KILLED
+    seen = set()
+    while status == KILLED:
+        (tmp_path / "d.jsonl").write_text('{"text": "Tuesday"}\n' * 30)
+        make_datasets(request, tokenizer)
+        (tmp_path / "d.jsonl").write_bytes(new)
+        status = run_and_die_at(request, tokenizer, step)
+        whole = (tmp_path / "d_text_document.idx").exists()
+        seen.add(whole)
+        if whole:
+            assert verify_dataset(tmp_path / "d_text_document") == [], step
+        make_datasets(request, tokenizer)
+        step += 1
+    assert seen == {True, False}
 
 
 def test_killed_again_and_again(root, tmp_path, request_of):
