@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from aquila.backend import get_backend
 
-# Bytes of logits that a chunk may take; the whole way holds N x V of them several times over.
-CHUNK_BYTES = 200 << 20
+# Bytes of logits that a chunk may take; the whole way holds N x V of them several times over. Half precision
+# gets more, because fewer chunks mean fewer roundings of its weight gradient.
+CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
 # bf16 weight gradients summed in place are rounded once a chunk; beyond this many, sum in fp32.
 MAX_ROUNDINGS = 4
 # fp16 loses gradients under 6e-8, and softmax tails lie there: inside, they are held this much larger.
@@ -22,8 +23,8 @@ FP16_SCALE = 1024.0
 
 
 def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk: as many as `CHUNK_BYTES` of logits allow, spread evenly over the chunks."""
-    most = max(16, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    """Tokens a chunk: as many as `CHUNK_BYTES` allow, spread evenly over the chunks."""
+    most = max(16, CHUNK_BYTES[dtype.itemsize] // (vocab_size * dtype.itemsize))
     chunks = -(-tokens // most)
     return -(-tokens // chunks)
 
