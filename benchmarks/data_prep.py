@@ -107,7 +107,6 @@ def megatron(path: Path, model_dir: str, workers: int, output: Path) -> float:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    import aquila.data.indexed  # noqa: F401  (quiets the import of Megatron)
     from aquila.tokenizer import load_tokenizer
 
     ends = load_tokenizer(model_dir)
