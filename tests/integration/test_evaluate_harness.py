@@ -1,0 +1,94 @@
+"""lm-eval, the harness itself, on an exported model with a task that a local file defines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.unit.generation.models import write_model_dir
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+ITEMS = [
+    {"question": "one plus two is", "options": [" three", " four", " nine"], "answer": 0},
+    {"question": "三加四等于", "options": ["五", "七", "九"], "answer": 1},
+    {"question": "half past", "options": [" ten", " blue", " plus"], "answer": 0},
+    {"question": "two times two is", "options": [" five", " one", " four"], "answer": 2},
+]
+TASK = """\
+task: aquila_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, root):
+    return write_model_dir(tmp_path_factory.mktemp("model"), root, n_kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def environment(root, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": cache, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **offline, "PYTHONPATH": str(root)}
+
+
+@pytest.fixture(scope="module")
+def exported(root, model_dir, environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    command = [sys.executable, "-m", "aquila.convert", "--input", model_dir, "--output", folder, "--to", "hf"]
+    subprocess.run(list(map(str, command)), check=True, cwd=root, env=environment, capture_output=True)
+    return folder
+
+
+def by_hand(model_dir):
+    """Log probability of every option after [CLS] and its question, by this project's own model."""
+    from aquila.model import AquilaModel
+    from aquila.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(model_dir), AquilaModel.from_pretrained(model_dir)
+    scores = []
+    for question, option in ((item["question"], option) for item in ITEMS for option in item["options"]):
+        start = [tokenizer.bos_id, *tokenizer.encode(question)]
+        whole = [tokenizer.bos_id, *tokenizer.encode(question + option)]
+        log = torch.log_softmax(model(torch.tensor([whole[:-1]]))[0].double(), -1)
+        scores.append(sum(log[at - 1, whole[at]].item() for at in range(len(start), len(whole))))
+    return scores
+
+
+def test_a_local_task_scores_the_exported_model(model_dir, exported, environment, tmp_path):
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in ITEMS), encoding="utf-8")
+    (tmp_path / "aquila_sums.yaml").write_text(TASK.format(data=data))
+    command = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf",
+        "--model_args", f"pretrained={exported},dtype=float32,add_bos_token=True", "--device", "cpu",
+        "--tasks", "aquila_sums", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
+        "--batch_size", "1", "--log_samples",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (report,) = (tmp_path / "out").rglob("results_*.json")
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    scores = [float(reply[0][0]) for line in lines for reply in line["resps"]]
+    expected = by_hand(model_dir)
+    assert scores == pytest.approx(expected, abs=1e-3)
+    rows = [expected[at : at + 3] for at in range(0, len(expected), 3)]
+    right = sum(row.index(max(row)) == item["answer"] for row, item in zip(rows, ITEMS, strict=True))
+    accuracy = json.loads(report.read_text())["results"]["aquila_sums"]["acc,none"]
+    assert accuracy == pytest.approx(right / len(ITEMS))
