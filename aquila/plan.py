@@ -19,13 +19,11 @@ from rich.table import Table
 from aquila.config import ModelConfig, find_model_dir, load_model_config
 from aquila.errors import EXIT_USER_ERROR, UserError, run_command
 from aquila.launch.code import ROOT
-from aquila.launch.memory import GIB, Estimate, Setup, bytes_sent, estimate
+from aquila.launch.memory import ACCELERATOR_FIXED, GIB, Estimate, Setup, bytes_sent, estimate
 
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "G": 10**9}
 LINKS = {"25 Gbit/s": 25, "100 Gbit/s": 100, "200 Gbit/s": 200, "400 Gbit/s": 400, "200 GB/s": 1600}
 """Gbit/s of the slowest link of the ring: Ethernet and InfiniBand between nodes, links within one."""
-FIXED = 1 << 30
-"""Bytes of an accelerator's context and its libraries' communication buffers."""
 FREE_SHARE = 0.06
 """Share of the memory that is left alone: allocators cannot use every gap."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,7 +53,7 @@ def main() -> int:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         attention=arguments.attention,
         bucket=arguments.bucket,
-        fixed=FIXED,
+        fixed=ACCELERATOR_FIXED,
     )
     if base.seq_length > model.max_seq_len:
         raise UserError(f"--seq-length {base.seq_length} is longer than max_seq_len {model.max_seq_len}")
@@ -145,6 +143,7 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
         table.add_row(row[0][0], *(f"{value / GIB:.2f}" for _, value in row))
     table.add_section()
     table.add_row("peak", *(f"{choice.estimate.peak / GIB:.1f}" for choice in choices))
+    table.add_row("at", *(choice.estimate.fullest for choice in choices))
     table.add_row("on the host, each", *(f"{choice.estimate.host / GIB:.1f}" for choice in choices))
     table.add_row("fits", *("yes" if choice.fits else "no" for choice in choices))
     table.add_row("batch_size", *(str(choice.setup.batch_size) for choice in choices))

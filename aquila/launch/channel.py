@@ -15,6 +15,7 @@ import time
 from collections import deque
 from typing import Any
 
+from aquila.errors import UserError
 from aquila.launch.code import ROOT
 from aquila.launch.rank import die_with_parent
 
@@ -26,6 +27,8 @@ SSH_OPTIONS = (
     "-oServerAliveCountMax=6",
 )
 
+SRUN_OPTIONS = ("--nodes=1", "--ntasks=1", "--overlap", "--quiet", "--export=ALL")
+
 
 def remote_shell(words: list[str]) -> str:
     """One command line for the remote login shell, whichever it is, that runs `words` in this folder.
@@ -36,9 +39,19 @@ def remote_shell(words: list[str]) -> str:
     return f"exec sh -c {shlex.quote(script)}"
 
 
+def on_host(host: str, words: list[str]) -> list[str]:
+    """The command that runs `words` on another node: over ssh, or as AQUILA_TRANSPORT says with srun."""
+    transport = os.environ.get("AQUILA_TRANSPORT", "ssh")
+    if transport == "ssh":
+        return ["ssh", *SSH_OPTIONS, "--", host, remote_shell(words)]
+    if transport == "srun":
+        return ["srun", *SRUN_OPTIONS, f"--nodelist={host}", f"--chdir={ROOT}", *words]
+    raise UserError(f"AQUILA_TRANSPORT is '{transport}'; there are: ssh, srun")
+
+
 def agent_command(host: str, here: bool) -> list[str]:
     words = [sys.executable, "-m", "aquila.launch.agent"]
-    return words if here else ["ssh", *SSH_OPTIONS, "--", host, remote_shell(words)]
+    return words if here else on_host(host, words)
 
 
 class Channel:

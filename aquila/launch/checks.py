@@ -14,6 +14,7 @@ from aquila.errors import UserError
 from aquila.launch.code import ROOT
 from aquila.launch.facts import existing_parent
 from aquila.launch.hostfile import Node, read_hostfile
+from aquila.launch.memory import GIB, estimate, setup_of
 from aquila.launch.nodes import find_this_node
 from aquila.launch.probe import probe_devices
 
@@ -83,6 +84,8 @@ def check_run(
     if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
         checked.run("weights", lambda: _weights(checked.config))
         checked.run("tokenizer and data", lambda: _data(checked.config, root))
+        if checked.devices and checked.nodes:
+            checked.run("memory", lambda: _memory(checked))
         if local:
             checked.run("disk space", lambda: _room(checked.config, root))
     return checked
@@ -117,6 +120,26 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
         device = Device(checked.devices["device"], tuple(checked.devices["precisions"]))
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
+
+
+def _memory(checked: Checked) -> str:
+    """The estimate of `memory.py` against the smallest share that a rank of this node gets."""
+    config, devices = checked.config, checked.devices
+    nodes = [checked.here] if checked.here else checked.nodes
+    on_cpu = devices["device"] == "cpu"
+    share = devices["memory"] / (max(node.slots for node in nodes) if on_cpu else 1)
+    setup = setup_of(config, sum(node.slots for node in nodes), on_cpu)
+    needed = estimate(config.model, setup)
+    text = f"about {needed.peak / GIB:.1f} GiB needed ({needed.fullest}), {share / GIB:.1f} GiB a rank"
+    if needed.peak > share:
+        raise UserError(
+            f"{text}: it will not fit; lower batch_size, raise ckpt_layer or zero_stage (python -m "
+            f"aquila.plan {config.model_dir.name} --devices {setup.devices} --memory {share / GIB:.0f}GiB proposes), or "
+            "take --no-preflight if you know better"
+        )
+    if needed.peak > 0.9 * share:
+        raise Warned(f"{text}: close")
+    return text
 
 
 def checkpoint_bytes(config: EffectiveConfig) -> int:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aquila.errors import UserError
-from aquila.launch.channel import SSH_OPTIONS, remote_shell
+from aquila.launch.channel import on_host
 
 # Into a folder beside the target, then renamed: nothing half-copied is ever taken for whole.
 _RECEIVE = (
@@ -24,13 +24,13 @@ def copy_to_nodes(wanted: dict[str, list[Path]]) -> None:
 
 
 def _copy(host: str, path: Path) -> str | None:
-    receive = remote_shell(["sh", "-c", _RECEIVE, "sh", str(path), path.name])
+    receive = ["sh", "-c", _RECEIVE, "sh", str(path), path.name]
     pack = subprocess.Popen(
         ["tar", "-C", str(path.parent), "-cf", "-", "--", path.name],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     unpack = subprocess.run(
-        ["ssh", *SSH_OPTIONS, "--", host, receive],
+        on_host(host, receive),
         stdin=pack.stdout, capture_output=True, text=True,
     )  # fmt: skip
     pack.stdout.close()

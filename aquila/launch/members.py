@@ -1,6 +1,7 @@
 """The nodes of a run as its controller knows them: their lines, their state, requests and answers."""
 
 import contextlib
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -80,7 +81,8 @@ class Members:
         if not member.alive:
             said = member.channel.last_errors() if closed else f"no answer within {timeout:.0f} s"
             member.lose(said or "the connection closed at once")
-            return f"{member.host}: cannot be reached over ssh: {member.lost_reason}"
+            transport = os.environ.get("AQUILA_TRANSPORT", "ssh")
+            return f"{member.host}: cannot be reached over {transport}: {member.lost_reason}"
         if member.hello["code"] != code_fingerprint():
             member.lose("another version of the code")
             return (

@@ -6,14 +6,14 @@ saved activations is that of `model/aquila.py`, counted with autograd's saved-te
 against them; the whole is tested against measured peaks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from aquila.config import ModelConfig, RunConfig
+from aquila.config import EffectiveConfig, ModelConfig
 
 GIB = 2**30
-CHUNK_BYTES = 200 << 20
+CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20}
 MAX_ROUNDINGS = 4
-"""As in `model/loss.py`: the size of a chunk of logits, and when its weight gradient is summed in fp32."""
+"""As in `model/loss.py`: bytes of a chunk of logits by those of a number, and when its weight gradient is summed in fp32."""
 TRIANGLE_BLOCK = 512
 REDUCE_BUCKET = 5e8
 """DeepSpeed's default `reduce_bucket_size`, in elements."""
@@ -37,6 +37,8 @@ class Setup:
     fused_norms: bool = True
     """The norm keeps its input in the training dtype (accelerators), not a copy in fp32 (CPU)."""
     bucket: float = REDUCE_BUCKET
+    lazy_buffers: bool = False
+    """Memory counts when it is written (CPU), not when it is reserved."""
     fixed: int = 0
     """What the process takes before any tensor: libraries, device context, communication buffers."""
 
@@ -54,72 +56,112 @@ class Estimate:
     """Bytes of one device. `host` is offloaded, on the host, for one device."""
 
     parameters: float
-    gradients: float
     optimizer: float
-    activations: float
-    loss: float
+    gradients: float
+    """From the reduction to the optimizer's step; with accumulation all the time."""
     buckets: float
+    """Buffers of the reduction, during backward."""
+    activations: float
     working: float
+    """What backward of one layer takes besides."""
+    loss_gradients: float
+    """Of hidden states and output matrix: made in the forward pass, used first in backward."""
+    logits: float
+    """One chunk of them, and the product that is added."""
+    embedding_gradient: float
     step: float
-    """Temporary, while the optimizer steps and the activations are gone."""
+    """Of the optimizer, temporary."""
     fixed: float
     host: float = 0.0
+    accumulates: bool = False
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """What is held at each moment that may be the fullest."""
+        always = self.parameters + self.optimizer + self.fixed + (self.gradients if self.accumulates else 0)
+        new_gradients = 0 if self.accumulates else self.gradients
+        acts = self.activations + self.loss_gradients
+        return {
+            "loss": always + acts + self.logits,
+            "start of backward": always + acts + self.working + self.buckets,
+            "end of backward": always + new_gradients + self.buckets + self.embedding_gradient + self.working,
+            "optimizer step": always + new_gradients + self.step,
+        }
 
     @property
     def peak(self) -> float:
-        """The larger of the two high waters: the end of the forward pass, the optimizer's step."""
-        states = self.parameters + self.gradients + self.optimizer + self.buckets + self.fixed
-        return states + max(self.activations + self.loss + self.working, self.step)
+        return max(self.moments.values())
+
+    @property
+    def fullest(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=self.moments.__getitem__)
 
     def rows(self) -> list[tuple[str, float]]:
         """Name and bytes of each part, for a table."""
         return [
             ("parameters", self.parameters),
-            ("gradients", self.gradients),
             ("optimizer state", self.optimizer),
-            ("buckets of reduction", self.buckets),
+            ("gradients", self.gradients),
+            ("reduction buffers", self.buckets),
             ("activations", self.activations),
-            ("one layer's working set", self.working),
-            ("loss chunk", self.loss),
-            ("optimizer step (activations gone)", self.step),
+            ("a layer's backward", self.working),
+            ("loss: gradients", self.loss_gradients),
+            ("loss: logits chunk", self.logits),
+            ("embedding gradient", self.embedding_gradient),
+            ("optimizer step", self.step),
             ("fixed", self.fixed),
         ]
 
 
 def estimate(model: ModelConfig, setup: Setup) -> Estimate:
-    """Peak memory of one device."""
-    states = _states(model, setup)
+    """Peak memory of one device, by part."""
     activations, working = _activations(model, setup)
+    loss_gradients, logits = _loss(model, setup)
     return Estimate(
-        **states, activations=activations, working=working, loss=_loss(model, setup), fixed=setup.fixed
+        **_states(model, setup),
+        activations=activations,
+        working=working,
+        loss_gradients=loss_gradients,
+        logits=logits,
+        embedding_gradient=setup.dtype_bytes * model.vocab_size * model.dim,
+        fixed=setup.fixed,
+        accumulates=setup.gradient_accumulation_steps > 1,
     )
 
 
 def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     """Parameters, gradients and optimizer state under ZeRO (arXiv 1910.02054, figure 1)."""
-    total, b, n, stage = model.parameter_count(), setup.dtype_bytes, setup.devices, setup.zero_stage
-    share = total / n
-    accumulated = 4 if setup.gradient_accumulation_steps > 1 else b
-    parameters = b * total
-    if stage == 3:
-        largest = max(model.vocab_size * model.dim, layer_parameters(model))
-        parameters = b * share + b * min(total, max(2 * largest, min(LIVE_PARAMETERS, total)))
-    gradients = accumulated * (share if stage >= 2 else total)
-    # fp32 master weights and Adam's two moments
-    optimizer = 12 * (share if stage >= 1 else total)
-    step = 4 * (share if stage >= 1 else total)
-    buckets = b * min(setup.bucket, total) * 2 if stage in (1, 2) else 0.0
-    host = 0.0
+    total, b, stage = model.parameter_count(), setup.dtype_bytes, setup.zero_stage
+    share = total / setup.devices
+    owned = share if stage >= 1 else total
+    # Averages over many micro steps are summed in fp32.
+    gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
+    # fp32 master weights and Adam's two moments; the step casts the gradients to fp32.
+    optimizer, step, host = 12 * owned, 4 * owned, 0.0
     if setup.offload and stage >= 2:
-        host, optimizer, step = optimizer + gradients + step, 0.0, 0.0
+        host, optimizer, step, gradients = optimizer + step + gradients, 0.0, 0.0, 0.0
     return {
-        "parameters": parameters,
+        "parameters": b * (share + min(total, LIVE_PARAMETERS) if stage == 3 else total),
         "gradients": gradients,
         "optimizer": optimizer,
-        "buckets": buckets,
+        "buckets": b * _bucket_elements(total, setup),
         "step": step,
         "host": host,
     }
+
+
+def _bucket_elements(total: int, setup: Setup) -> float:
+    """DeepSpeed fills a bucket while it sends another; ZeRO-3 sorts a bucket into a copy before sending.
+
+    An accelerator holds the buffers whole; on a CPU only what has been written takes memory.
+    """
+    filled = min(setup.bucket, total)
+    if setup.zero_stage == 0:
+        return 0.0
+    if setup.zero_stage == 3:
+        return 2 * filled if setup.lazy_buffers else setup.bucket + filled
+    return filled * (2 if total > setup.bucket else 1) if setup.lazy_buffers else 2 * setup.bucket
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -153,19 +195,19 @@ def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     kept = recomputed * b * tokens * model.dim + (model.n_layers - recomputed) * whole
     kept += tokens * ((4 if not setup.fused_norms else 0) + 3 * b) * model.dim  # embedding, last norm
     # Backward holds the gradients of a layer's widest part beside what it reads.
-    gradients = tokens * b * (2 * model.ffn_dim + 2 * model.dim)
+    gradients = tokens * b * (3 * model.ffn_dim + 2 * model.dim)
     return kept, gradients + (whole if recomputed else 0)
 
 
-def _loss(model: ModelConfig, setup: Setup) -> float:
-    """Gradients of hidden states and output matrix, a chunk of logits, the product added (model/loss.py)."""
+def _loss(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+    """Gradients of hidden states and output matrix; a chunk of logits and the product that is added."""
     b, vocab, dim = setup.dtype_bytes, model.vocab_size, model.dim
-    most = max(16, CHUNK_BYTES // (vocab * b))
+    most = max(16, CHUNK_BYTES[b] // (vocab * b))
     chunks = -(-setup.tokens // most)
     chunk = -(-setup.tokens // chunks)
-    in_fp32 = b == 2 and (setup.precision == "fp16" or chunks > MAX_ROUNDINGS)
-    weight = vocab * dim * (4 + b if in_fp32 else b)
-    return setup.tokens * dim * b + weight + chunk * vocab * b
+    in_fp32 = setup.precision == "fp16" or (setup.precision == "bf16" and chunks > MAX_ROUNDINGS)
+    gradients = setup.tokens * dim * b + vocab * dim * (4 if in_fp32 else b)
+    return gradients, chunk * vocab * b + (vocab * dim * b if in_fp32 else 0)
 
 
 def bytes_sent(model: ModelConfig, setup: Setup) -> float:
@@ -180,21 +222,32 @@ def bytes_sent(model: ModelConfig, setup: Setup) -> float:
     return once * {0: 2, 1: 2, 2: micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
 
 
-def setup_of(run: RunConfig, model: ModelConfig, devices: int, seq_length: int, **more: object) -> Setup:
+CPU_FIXED = 480 << 20
+ACCELERATOR_FIXED = 1 << 30
+"""Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
+
+
+def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool) -> Setup:
     """The set-up that a run's configuration asks for."""
+    run, model = config.run, config.model
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
     else:
         recomputed = model.n_layers if run.ckpoint_layer == -1 else run.ckpoint_layer
-    return replace(
-        Setup(
-            devices=devices,
-            batch_size=run.batch_size,
-            seq_length=seq_length,
-            precision="bf16" if run.precision == "auto" else run.precision,
-            zero_stage=run.zero_stage,
-            checkpointed_layers=min(recomputed, model.n_layers),
-            gradient_accumulation_steps=run.gradient_accumulation_steps,
-        ),
-        **more,
+    zero = config.deepspeed.get("zero_optimization", {})
+    offload = zero.get("cpu_offload") or (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    return Setup(
+        devices=devices,
+        batch_size=run.batch_size,
+        seq_length=config.seq_length,
+        precision="bf16" if run.precision == "auto" else run.precision,
+        zero_stage=run.zero_stage,
+        offload=bool(offload),
+        checkpointed_layers=min(recomputed, model.n_layers),
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        attention="fused" if run.attention == "auto" else run.attention,
+        fused_norms=not on_cpu,
+        bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        lazy_buffers=on_cpu,
+        fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,
     )

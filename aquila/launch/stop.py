@@ -13,7 +13,7 @@ from typing import Any
 from aquila.errors import EXIT_FAILURE, UserError
 from aquila.launch import runs
 from aquila.launch.agent import agent_alive, machine_key
-from aquila.launch.channel import SSH_OPTIONS, remote_shell
+from aquila.launch.channel import on_host
 from aquila.launch.code import ROOT
 from aquila.launch.hostfile import read_hostfile
 from aquila.launch.nodes import is_this_node
@@ -70,7 +70,7 @@ def stop_nodes(hostfile: Path, experiment: str) -> int:
 
 def _stop_on(host: str, experiment: str) -> tuple[int, str]:
     words = [sys.executable, "-m", "aquila.launch", "stop", experiment]
-    command = words if is_this_node(host) else ["ssh", *SSH_OPTIONS, "--", host, remote_shell(words)]
+    command = words if is_this_node(host) else on_host(host, words)
     try:
         done = subprocess.run(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

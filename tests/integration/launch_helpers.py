@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from aquila.data.indexfile import bin_path, idx_path, write_index
-from aquila.data.meta import make_meta, tokenizer_facts, write_meta
+from aquila.data.meta import make_meta, meta_path, tokenizer_facts, write_meta
 from aquila.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def add_tiny_model_and_data(project: Path) -> None:
     with idx_path(prefix).open("wb") as file:
         write_index(file, np.full(200, 100, np.int32))
     counts = {"documents": 200, "tokens": len(ids), "min_id": 1, "max_id": 199}
-    write_meta(prefix, make_meta(tokenizer_facts(tokenizer), counts, []))
+    write_meta(meta_path(prefix), make_meta(tokenizer_facts(tokenizer), counts, []))
     (project / "configs" / "tiny.yaml").write_text(
         "data_prefix: data/tiny_text_document\nbatch_size: 2\ntrain_iters: 4\nlr: 1.0e-3\nlog_interval: 1\n"
         "eval_interval: 0\nprecision: fp32\ntensorboard: False\nsave_interval: 1000\n"

@@ -22,7 +22,7 @@ MODEL = {"dim": 32, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "vocab_size":
 @pytest.fixture(autouse=True)
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's own answer is tested once, below; here only what follows from it.
-    facts = {"device": "cpu", "count": 2, "name": "test", "precisions": ["bf16", "fp32"]}
+    facts = {"device": "cpu", "count": 2, "name": "test", "precisions": ["bf16", "fp32"], "memory": 2**34}
     monkeypatch.setattr(checks, "probe_devices", lambda: facts)
 
 
@@ -50,7 +50,7 @@ def write_dataset(prefix: Path, tokenizer: Tokenizer, ids: np.ndarray) -> None:
     with idx_path(prefix).open("wb") as file:
         write_index(file, np.array([len(ids)], np.int32))
     counts = {"documents": 1, "tokens": len(ids), "min_id": int(ids.min()), "max_id": int(ids.max())}
-    write_meta(prefix, make_meta(tokenizer_facts(tokenizer), counts, []))
+    write_meta(meta_path(prefix), make_meta(tokenizer_facts(tokenizer), counts, []))
 
 
 def check(project: Path, *overrides: str, model: str = "tiny", config: str = "run.yaml") -> Checked:
@@ -71,7 +71,7 @@ def refused(project: Path, *overrides: str, **more: str) -> str:
 
 def test_all_in_order(project: Path) -> None:
     checked = check(project)
-    assert [finding.state for finding in checked.findings] == [PASS] * 7
+    assert [finding.state for finding in checked.findings] == [PASS] * 8
     assert checked.here.host == "localhost"
 
 
@@ -150,6 +150,12 @@ def test_more_slots_than_devices(project: Path) -> None:
 def test_a_malformed_line(project: Path) -> None:
     (project / "hostfile").write_text("localhost slots=2\nnode2 slots=x\n")
     assert "line 2" in refused(project)
+
+
+def test_a_model_that_does_not_fit(project: Path) -> None:
+    message = refused(project, "batch_size=200000")
+    assert "will not fit" in message
+    assert "python -m aquila.plan tiny --devices 2 --memory 8GiB" in message
 
 
 def test_all_failures_at_once(project: Path) -> None:

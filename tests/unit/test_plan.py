@@ -1,0 +1,70 @@
+"""Protects: the plan's answers, that what it recommends fits by its own account, and its errors."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from aquila import plan
+from aquila.config import ModelConfig
+from aquila.errors import UserError
+from aquila.launch.memory import Setup, estimate
+
+SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": 100008}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({**SEVEN_B, "max_seq_len": 2048}))
+    return tmp_path
+
+
+def run_plan(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
+    return plan.main()
+
+
+def test_memory_units() -> None:
+    assert plan.parse_memory("64GB") == 64e9
+    assert plan.parse_memory("80 GiB") == 80 * 2**30
+    for wrong in ("64", "GB", "64 parsecs", "-1GB", "0GB"):
+        with pytest.raises(UserError, match="64GB or 80GiB"):
+            plan.parse_memory(wrong)
+
+
+def test_the_original_s_node(monkeypatch, capsys, model_dir: Path) -> None:
+    """Aquila-7B on 8 devices of 64 GB: the original recipe's ZeRO-2 with batch 2 fits, ZeRO-0 does not."""
+    assert run_plan(monkeypatch, model_dir, "--devices", "8", "--memory", "64GB", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    by_stage = {(c["zero_stage"], c["offload"]): c for c in told["choices"]}
+    assert not by_stage[0, False]["fits"]
+    assert by_stage[2, False]["fits"]
+    assert by_stage[2, False]["batch_size"] >= 2
+    setup = Setup(devices=8, batch_size=2, seq_length=2048, checkpointed_layers=26, fixed=1 << 30)
+    assert estimate(ModelConfig(**SEVEN_B), setup).peak < 64e9
+
+
+@pytest.mark.parametrize(("devices", "memory"), [(8, "64GB"), (1024, "64GB"), (1, "141GB"), (16, "40GB")])
+def test_what_is_recommended_fits(monkeypatch, capsys, model_dir: Path, devices: int, memory: str) -> None:
+    assert run_plan(monkeypatch, model_dir, "--devices", devices, "--memory", memory) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("recommended"))
+    words = dict(word.split("=") for word in line.split(": ")[1].split())
+    setup = Setup(
+        devices=devices, batch_size=int(words["batch_size"]), seq_length=2048, bucket=1e8, fixed=1 << 30,
+        zero_stage=int(words["zero_stage"]), checkpointed_layers=int(words["ckpt_layer"]),
+        offload="offload" in line,
+    )  # fmt: skip
+    assert estimate(ModelConfig(**SEVEN_B), setup).peak < plan.parse_memory(memory)
+    assert "400 Gbit/s" in out
+
+
+def test_nothing_fits(monkeypatch, capsys, model_dir: Path) -> None:
+    assert run_plan(monkeypatch, model_dir, "--devices", "1", "--memory", "8GB") == 2
+    assert "nothing fits: the smallest set-up needs" in capsys.readouterr().err
+
+
+def test_a_sequence_beyond_the_model(monkeypatch, model_dir: Path) -> None:
+    with pytest.raises(UserError, match="max_seq_len 2048"):
+        run_plan(monkeypatch, model_dir, "--devices", "8", "--memory", "64GB", "--seq-length", "4096")
