@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquila.backend import reference
+from aquila.errors import UserError
 
 
 def attention(
@@ -79,6 +80,8 @@ def find(module: str, name: str):
         return None
 
 
-def refuse_optimizer(kind: str, known: tuple[str, ...]) -> ValueError:
+def refuse_optimizer(kind: str, known: tuple[str, ...]) -> UserError:
     """The error for an optimizer that this device does not build."""
-    return ValueError(f"optimizer '{kind}' is not built on this device; there are: {', '.join(known)}")
+    return UserError(
+        f"optimizer: '{kind}' cannot be built on this device; there are: auto, {', '.join(known)}"
+    )

@@ -23,7 +23,7 @@ COMMUNICATION = "gloo"
 # Compiled blocks gave 4 to 6 % more tokens/s (dim 512, bf16, two cores) for 8 to 40 s of compiling.
 COMPILE_BLOCKS = False
 SAVED_IN_SELECTIVE = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,)
-OPTIMIZERS = ("torch", "deepspeed")
+OPTIMIZERS = ("torch",)
 # fp32 bytes of logits that one pass of the loss holds: within the cache, yet few enough passes that the
 # threads' meeting after each costs little where other processes share the cores.
 _LOSS_BLOCK_BYTES = 16 << 20
@@ -114,14 +114,14 @@ def cross_entropy_(
 
 
 def optimizer_kind(asked: str = "auto") -> str:
-    """torch's fused AdamW; "deepspeed" is its CPUAdam, which the engine builds."""
+    """torch's fused AdamW."""
     return "torch" if asked == "auto" else asked
 
 
 def optimizer(
     kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW as one fused kernel. Raises `ValueError` for a kind that this device cannot build."""
+    """AdamW as one fused kernel. Raises `UserError` for a kind that this device cannot build."""
     if optimizer_kind(kind) != "torch":
         raise common.refuse_optimizer(kind, OPTIMIZERS)
     return common.torch_adamw(params, lr, betas, eps, weight_decay)

@@ -23,7 +23,7 @@ SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-OPTIMIZERS = ("torch", "apex", "deepspeed")
+OPTIMIZERS = ("torch", "apex")
 
 # Dense peak in TFLOP/s by the vendor's data sheets: (fp16 and bf16, fp32). The longest name that fits wins.
 _PEAKS = {
@@ -90,14 +90,14 @@ def _compiled_loss() -> Callable:
 
 
 def optimizer_kind(asked: str = "auto") -> str:
-    """torch's fused AdamW: apex's and DeepSpeed's are used when asked for."""
+    """torch's fused AdamW; NVIDIA's apex when asked for."""
     return "torch" if asked == "auto" else asked
 
 
 def optimizer(
     kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW. Raises `ValueError` for a kind that cannot be built here; "deepspeed" is the engine's.
+    """AdamW. Raises `UserError` for a kind that cannot be built here.
 
     apex means NVIDIA's, built from source: the package of that name on the registry is another project.
     """

@@ -20,7 +20,7 @@ __all__ = ["prepare_weight", "step_linear"]
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
-OPTIMIZERS = ("npu", "torch", "deepspeed", "apex")
+OPTIMIZERS = ("npu", "torch", "apex")
 
 _COMPRESSED_MASK = 2048  # the causal sparse modes take a mask of this size, whatever the sequence length
 _RIGHT_DOWN_CAUSAL = 3
@@ -259,7 +259,7 @@ def optimizer_kind(asked: str = "auto") -> str:
 def optimizer(
     kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW. Raises `ValueError` for a kind that cannot be built here; "deepspeed" is the engine's."""
+    """AdamW. Raises `UserError` for a kind that cannot be built here."""
     kind = optimizer_kind(kind)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if kind == "torch":
