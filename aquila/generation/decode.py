@@ -10,7 +10,7 @@ from aquila.errors import UserError
 from aquila.generation.cache import RowCache
 from aquila.generation.sampling import Sampling, draw, penalize
 from aquila.generation.step import DecodeStep
-from aquila.model import AquilaModel, KVCache
+from aquila.model import AquilaModel
 
 
 class Sequence:
@@ -163,12 +163,10 @@ class Decoder:
         padded = torch.zeros(len(group), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : lengths[row]] = torch.tensor(prompt)
-        config = self.model.config
-        filled = KVCache(config, len(group), max(lengths), device=self.device, dtype=self.dtype)
-        hidden = self.model.hidden(padded.to(self.device), cache=filled)
         self._make_room(max(lengths))
-        for row, length in enumerate(lengths):
-            self._cache.append(filled, row, length)
+        entering = self._cache.enter(lengths)
+        hidden = self.model.hidden(padded.to(self.device), cache=entering)
+        entering.done()
         ends = torch.tensor(lengths, device=self.device) - 1
         return self.model.output(hidden[torch.arange(len(group), device=self.device), ends])
 

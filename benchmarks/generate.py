@@ -1,0 +1,192 @@
+"""Generation side by side with transformers' `generate` on the same weights, in one run.
+
+    python benchmarks/generate.py [--batch 1 8] [--prompt 32 1024] [--new 64] [--repeats 3] [--full-size]
+
+A random model of about 110M parameters is exported to Hugging Face's format; both sides then run greedily
+in the same dtype with the same threads, in turns, and the best of each counts. `prefill` is the time to the
+first token, `decode` the rate of all later ones. `--full-size` measures Aquila-7B in bf16 (random weights,
+14.6 GB) against the bandwidth at which this machine reads memory. The last line is JSON.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+# Weights in huge pages, for both sides alike; torch reads this once, at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from aquila.config import ModelConfig  # noqa: E402
+from aquila.generation.decode import Decoder  # noqa: E402
+from aquila.generation.int8 import quantize  # noqa: E402
+from aquila.generation.sampling import Sampling  # noqa: E402
+from aquila.model import AquilaModel, save_weights  # noqa: E402
+
+SMALL = ModelConfig(dim=768, n_layers=12, n_heads=12, vocab_size=16000, multiple_of=256, max_seq_len=2048)
+AQUILA_7B = ModelConfig(
+    dim=4096, n_layers=32, n_heads=32, vocab_size=100008, multiple_of=256, max_seq_len=2048
+)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def arguments() -> argparse.Namespace:
+    parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parse.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parse.add_argument("--prompt", type=int, nargs="+", default=[32, 1024])
+    parse.add_argument("--new", type=int, default=64)
+    parse.add_argument("--repeats", type=int, default=3)
+    parse.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parse.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parse.add_argument("--full-size", action="store_true", help="Aquila-7B against the memory's bandwidth")
+    parse.add_argument("--layers", type=int, default=32, help="of the full-size model, where memory is short")
+    return parse.parse_args()
+
+
+def ours(model: AquilaModel, prompts: list[list[int]], new: int) -> tuple[float, float, list[list[int]]]:
+    """(seconds to the first tokens, seconds for the others, new tokens)."""
+    decoder = Decoder(model, len(prompts), max_length=len(prompts[0]) + new)
+    sequences = [decoder.sequence(prompt, Sampling(new, 0.0)) for prompt in prompts]
+    started = time.perf_counter()
+    decoder.admit(sequences)
+    first = time.perf_counter()
+    while decoder.active:
+        decoder.step()
+    return first - started, time.perf_counter() - first, [sequence.new_tokens for sequence in sequences]
+
+
+def theirs(model, prompts: list[list[int]], new: int) -> tuple[float, float, list[list[int]]]:
+    """As `ours`; the first token's time is that of a call that makes one token."""
+    tokens = torch.tensor(prompts)
+    settings = {
+        "do_sample": False,
+        "use_cache": True,
+        "attention_mask": torch.ones_like(tokens),
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(tokens, max_new_tokens=1, **settings)
+        first = time.perf_counter()
+        out = model.generate(tokens, max_new_tokens=new, **settings)
+    whole = time.perf_counter() - first
+    prefill = first - started
+    return prefill, whole - prefill, out[:, tokens.shape[1] :].tolist()
+
+
+def exported(model: AquilaModel, folder: Path, dtype: torch.dtype):
+    """The same weights as a transformers model."""
+    source, target = folder / "aquila", folder / "hf"
+    save_weights(model, source)
+    (source / "config.json").write_text(model.config.model_dump_json(exclude_defaults=True))
+    command = [sys.executable, "-m", "aquila.convert", "--input", source, "--output", target, "--to", "hf"]
+    subprocess.run(list(map(str, command)), check=True, cwd=ROOT, capture_output=True)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+
+
+def bandwidth() -> float:
+    """Bytes a second at which all threads together read memory: the best of ten sums over 1 GiB."""
+    block = torch.ones(2**28, dtype=torch.float32)
+    best = 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        block.sum()
+        best = max(best, block.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def bytes_a_token(config: ModelConfig, itemsize: float) -> float:
+    """Weights that one step reads: all but the embedding, of which it reads a row."""
+    return (config.parameter_count() - config.vocab_size * config.dim) * itemsize
+
+
+def compare(options: argparse.Namespace) -> dict:
+    """The table of both sides and their ratios, ours over theirs (above 1: ours is faster)."""
+    dtype = DTYPES[options.dtype]
+    model = AquilaModel(SMALL, dtype=dtype, seed=1).requires_grad_(False)
+    small = AquilaModel(SMALL, dtype=dtype, seed=1).requires_grad_(False)
+    quantize(small)
+    with tempfile.TemporaryDirectory() as folder:
+        other = exported(model, Path(folder), dtype)
+    speed = bandwidth()
+    limit = speed / bytes_a_token(SMALL, dtype.itemsize)
+    print(f"{SMALL.parameter_count() / 1e6:.0f}M parameters, {options.dtype}, {options.threads} threads")
+    print(f"memory {speed / 1e9:.1f} GB/s: at most {limit:.0f} tokens/s for one row\n")
+    print("batch prompt |  prefill s: ours  theirs  ratio |  decode tokens/s: ours  theirs  ratio   int8")
+    results = {"bandwidth_gb_s": speed / 1e9, "dtype": options.dtype, "threads": options.threads, "cases": []}
+    generator = torch.Generator().manual_seed(0)
+    for batch in options.batch:
+        for length in options.prompt:
+            prompts = torch.randint(0, SMALL.vocab_size, (batch, length), generator=generator).tolist()
+            runs = {"ours": [], "theirs": [], "int8": []}
+            for _ in range(options.repeats):  # in turns, so that a busy moment hits all sides
+                runs["ours"].append(ours(model, prompts, options.new))
+                runs["theirs"].append(theirs(other, prompts, options.new))
+                runs["int8"].append(ours(small, prompts, options.new))
+            prefill = {side: min(run[0] for run in found) for side, found in runs.items()}
+            rate = {
+                side: batch * (options.new - 1) / min(run[1] for run in found) for side, found in runs.items()
+            }
+            case = {
+                "batch": batch,
+                "prompt": length,
+                "prefill_ratio": prefill["theirs"] / prefill["ours"],
+                "decode_ratio": rate["ours"] / rate["theirs"],
+                "int8_ratio": rate["int8"] / rate["theirs"],
+                "ours_tokens_s": rate["ours"],
+                "theirs_tokens_s": rate["theirs"],
+            }
+            results["cases"].append(case)
+            first = f"{prefill['ours']:16.3f} {prefill['theirs']:7.3f} {case['prefill_ratio']:6.2f}"
+            later = f"{rate['ours']:21.1f} {rate['theirs']:7.1f} {case['decode_ratio']:6.2f}"
+            print(f"{batch:5} {length:6} | {first} | {later} {case['int8_ratio']:6.2f}", flush=True)
+    return results
+
+
+def full_size(options: argparse.Namespace) -> dict:
+    """Aquila-7B's decode rate as a share of what the memory's bandwidth allows."""
+    config = AQUILA_7B.model_copy(update={"n_layers": options.layers})
+    speed = bandwidth()
+    model = AquilaModel(config, device="meta", dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    block = torch.randn(1 << 20).mul_(config.initializer_range).bfloat16()
+    with torch.no_grad():
+        for parameter in model.requires_grad_(False).parameters():
+            flat = parameter.view(-1)
+            for start in range(0, flat.numel(), block.numel()):
+                part = flat[start : start + block.numel()]
+                part.copy_(block[: part.numel()])
+    prompt = list(range(1, 33))
+    prefill, seconds, _ = ours(model, [prompt], options.new)
+    rate = (options.new - 1) / seconds
+    limit = speed / bytes_a_token(config, 2)
+    print(
+        f"{config.parameter_count() / 1e9:.2f}B parameters, bf16: {rate:.2f} tokens/s, prefill {prefill:.2f} s"
+    )
+    print(f"memory {speed / 1e9:.1f} GB/s allows {limit:.2f} tokens/s: {100 * rate / limit:.0f} %")
+    return {"layers": options.layers, "tokens_s": rate, "limit_tokens_s": limit, "share": rate / limit}
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    results = full_size(options) if options.full_size else compare(options)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
