@@ -125,9 +125,12 @@ def stage_name(setup: Setup) -> str:
 
 def paste(setup: Setup) -> str:
     """The set-up as words for a launch script."""
-    return (
-        f"batch_size={setup.batch_size} ckpt_layer={setup.checkpointed_layers} zero_stage={setup.zero_stage}"
-    )
+    words = {
+        "batch_size": setup.batch_size,
+        "ckpoint_layer": setup.checkpointed_layers,
+        "zero_stage": setup.zero_stage,
+    }
+    return " ".join(f"{key}={value}" for key, value in words.items())
 
 
 def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) -> None:
@@ -147,7 +150,7 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
     table.add_row("on the host, each", *(f"{choice.estimate.host / GIB:.1f}" for choice in choices))
     table.add_row("fits", *("yes" if choice.fits else "no" for choice in choices))
     table.add_row("batch_size", *(str(choice.setup.batch_size) for choice in choices))
-    table.add_row("ckpt_layer", *(str(choice.setup.checkpointed_layers) for choice in choices))
+    table.add_row("ckpoint_layer", *(str(choice.setup.checkpointed_layers) for choice in choices))
     console.print(table)
     console.print(links_table(model, choices))
     fitting = [choice for choice in choices if choice.fits]
@@ -192,7 +195,7 @@ def as_json(model: ModelConfig, choices: list[Choice], memory: float) -> dict[st
                 "offload": choice.setup.offload,
                 "fits": choice.fits,
                 "batch_size": choice.setup.batch_size,
-                "ckpt_layer": choice.setup.checkpointed_layers,
+                "ckpoint_layer": choice.setup.checkpointed_layers,
                 "peak_bytes": choice.estimate.peak,
                 "host_bytes": choice.estimate.host,
                 "parts": dict(choice.estimate.rows()),

@@ -11,4 +11,6 @@ python="$(project_python)"
 "$python" -m ruff format --check .
 # Two workers, and one thread each: the tests start ranks of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Tests of minutes are left out unless asked for: -m slow, or -m "" for all.
+case " $* " in *" -m"*) ;; *) set -- -m "not slow" "$@" ;; esac
 exec "$python" -m pytest -n "${AQUILA_TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -132,10 +132,10 @@ def _memory(checked: Checked) -> str:
     needed = estimate(config.model, setup)
     text = f"about {needed.peak / GIB:.1f} GiB needed ({needed.fullest}), {share / GIB:.1f} GiB a rank"
     if needed.peak > share:
+        plan = f"aquila.plan {config.model_dir.name} --devices {setup.devices} --memory {share / GIB:.0f}GiB"
         raise UserError(
-            f"{text}: it will not fit; lower batch_size, raise ckpt_layer or zero_stage (python -m "
-            f"aquila.plan {config.model_dir.name} --devices {setup.devices} --memory {share / GIB:.0f}GiB proposes), or "
-            "take --no-preflight if you know better"
+            f"{text}: it will not fit; lower batch_size, raise ckpoint_layer or zero_stage (python -m {plan} "
+            "proposes), or take --no-preflight if you know better"
         )
     if needed.peak > 0.9 * share:
         raise Warned(f"{text}: close")

@@ -13,7 +13,7 @@ from aquila.config import EffectiveConfig, ModelConfig
 GIB = 2**30
 CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20}
 MAX_ROUNDINGS = 4
-"""As in `model/loss.py`: bytes of a chunk of logits by those of a number, and when its weight gradient is summed in fp32."""
+"""As in `model/loss.py`: bytes of a chunk of logits, by bytes of a number; chunks summed in the dtype."""
 TRIANGLE_BLOCK = 512
 REDUCE_BUCKET = 5e8
 """DeepSpeed's default `reduce_bucket_size`, in elements."""

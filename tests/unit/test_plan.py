@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aquila import plan
-from aquila.config import ModelConfig
+from aquila.config import ModelConfig, RunConfig
 from aquila.errors import UserError
 from aquila.launch.memory import Setup, estimate
 
@@ -51,9 +51,10 @@ def test_what_is_recommended_fits(monkeypatch, capsys, model_dir: Path, devices:
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("recommended"))
     words = dict(word.split("=") for word in line.split(": ")[1].split())
+    assert words.keys() <= RunConfig.model_fields.keys()  # ready to paste
     setup = Setup(
         devices=devices, batch_size=int(words["batch_size"]), seq_length=2048, bucket=1e8, fixed=1 << 30,
-        zero_stage=int(words["zero_stage"]), checkpointed_layers=int(words["ckpt_layer"]),
+        zero_stage=int(words["zero_stage"]), checkpointed_layers=int(words["ckpoint_layer"]),
         offload="offload" in line,
     )  # fmt: skip
     assert estimate(ModelConfig(**SEVEN_B), setup).peak < plan.parse_memory(memory)
