@@ -5,6 +5,7 @@ Without --model-dir it loads the newest checkpoint of the newest run under check
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more (got {value})")
+    # Weights in huge pages: a step reads them as one stream. torch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
     from aquila.generation.find import find_model_dir
 

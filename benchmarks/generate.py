@@ -174,9 +174,8 @@ def full_size(options: argparse.Namespace) -> dict:
     prefill, seconds, _ = ours(model, [prompt], options.new)
     rate = (options.new - 1) / seconds
     limit = speed / bytes_a_token(config, 2)
-    print(
-        f"{config.parameter_count() / 1e9:.2f}B parameters, bf16: {rate:.2f} tokens/s, prefill {prefill:.2f} s"
-    )
+    size = config.parameter_count() / 1e9
+    print(f"{size:.2f}B parameters, bf16: {rate:.2f} tokens/s, prefill {prefill:.2f} s")
     print(f"memory {speed / 1e9:.1f} GB/s allows {limit:.2f} tokens/s: {100 * rate / limit:.0f} %")
     return {"layers": options.layers, "tokens_s": rate, "limit_tokens_s": limit, "share": rate / limit}
 

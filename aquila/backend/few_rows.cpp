@@ -10,10 +10,18 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <vector>
+#endif
 
 namespace {
 
-constexpr int ROWS = 8;
+constexpr int ROWS = 8;        // x rows a pass over the weights serves
+constexpr int TILE_ROWS = 16;  // the same with matrix tiles
 
 struct bf16 {
     uint16_t bits;
@@ -130,8 +138,95 @@ void rows(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t n
     }
 }
 
+#if defined(TILES)
+// For more than a few x rows the products of `tile` take longer than the memory; matrix tiles do not.
+// y^T = w x^T in tiles of 16 weights' rows by 32 k. x is packed once a call into pairs of k by x rows.
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+bool tiles_allowed() {
+    static const bool allowed = [] {
+        constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    }();
+    return allowed;
+}
+
+inline const void* tile_rows(const bf16* w, int64_t k, bf16*, int64_t* stride) {
+    *stride = 2 * k;
+    return w;
+}
+inline const void* tile_rows(const int8_t* w, int64_t k, bf16* buffer, int64_t* stride) {
+    for (int r = 0; r < 16; r++) _mm512_store_si512(buffer + 32 * r, (__m512i)load(w + r * k));
+    *stride = 64;
+    return buffer;
+}
+
+template <class W>
+void by_tiles(const bf16* x, const W* w, const float* scale, bf16* y, int64_t m, int64_t n, int64_t k, int threads) {
+    constexpr int64_t STEP = 32;
+    // packed[step][pair][row]: two neighbours in k of one x row lie together.
+    static thread_local std::vector<uint32_t> packed;
+    packed.assign(k / 2 * TILE_ROWS, 0);
+    for (int64_t pair = 0; pair < k / 2; pair++)
+        for (int64_t i = 0; i < m; i++) std::memcpy(&packed[pair * TILE_ROWS + i], x + i * k + 2 * pair, 4);
+    const uint32_t* pairs = packed.data();
+#pragma omp parallel num_threads(threads)
+    {
+        TileConfig config;
+        for (int t = 0; t < 3; t++) config.rows[t] = 16, config.bytes[t] = 64;
+        _tile_loadconfig(&config);
+        alignas(64) float out[16 * TILE_ROWS];
+        alignas(64) bf16 buffer[16 * STEP];
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < n / 16; group++) {
+            const W* rows = w + group * 16 * k;
+            const char* ahead = (const char*)(rows + 16 * k);  // the next 16 rows follow these in memory
+            const int64_t share = STEP * 16 * sizeof(W);
+            _tile_zero(0);
+            for (int64_t i = 0; i < k; i += STEP) {
+                for (int64_t line = 0; line < share; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T1);
+                ahead += share;
+                int64_t stride;
+                const void* from = tile_rows(rows + i, k, buffer, &stride);
+                _tile_loadd(1, from, stride);
+                _tile_loadd(2, pairs + i / 2 * TILE_ROWS, 4 * TILE_ROWS);
+                _tile_dpbf16ps(0, 1, 2);
+            }
+            _tile_stored(0, out, 4 * TILE_ROWS);
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t r = 0; r < 16; r++) {
+                    const float value = out[r * TILE_ROWS + i];
+                    store(y + i * n + group * 16 + r, scale ? value * scale[group * 16 + r] : value);
+                }
+        }
+        _tile_release();
+    }
+}
+
+template <class W>
+bool fit_for_tiles(const bf16*, const W*, int64_t m, int64_t n, int64_t k) {
+    // Up to 4 rows of bf16 the products hide behind the memory anyhow; int8 has half of the time.
+    return m > (sizeof(W) == 1 ? 1 : 4) && n % 16 == 0 && k % 32 == 0 && tiles_allowed();
+}
+template <class W>
+bool fit_for_tiles(const float*, const W*, int64_t, int64_t, int64_t) {
+    return false;
+}
+template <class W>
+void by_tiles(const float*, const W*, const float*, float*, int64_t, int64_t, int64_t, int) {}
+#endif
+
 template <class X, class W>
 void linear(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t n, int64_t k, int threads) {
+#if defined(TILES)
+    for (; fit_for_tiles(x, w, m, n, k); m -= TILE_ROWS, x += TILE_ROWS * k, y += TILE_ROWS * n)
+        by_tiles(x, w, scale, y, std::min<int64_t>(m, TILE_ROWS), n, k, threads);
+#endif
     for (; m > 0; m -= ROWS, x += ROWS * k, y += ROWS * n) {
         const int64_t now = std::min<int64_t>(m, ROWS);
         if (now == 1) rows<1>(x, w, scale, y, now, n, k, threads);
@@ -142,6 +237,15 @@ void linear(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t
 }
 
 }  // namespace
+
+// How many x rows a pass serves with matrix tiles; 0 where the machine has none.
+extern "C" int tile_rows() {
+#if defined(TILES)
+    return tiles_allowed() ? TILE_ROWS : 0;
+#else
+    return 0;
+#endif
+}
 
 #define EXPORT(NAME, X, W)                                                                               \
     extern "C" void NAME(const void* x, const void* w, const float* scale, void* y, int64_t m, int64_t n, \

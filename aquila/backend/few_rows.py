@@ -28,7 +28,7 @@ _NAMES = {
     (torch.float32, torch.int8): "fp32_by_int8",
 }
 _MOST_ROWS = 8
-# Beyond these sizes of x it no longer fits the first cache, and torch's blocked product is faster.
+# Without matrix tiles: beyond this size x no longer fits the first cache, and torch's product is faster.
 _MOST_X = 32768
 _HUGE_PAGE, _ADVISE_HUGE, _ADVISE_COLLAPSE = 2 << 20, 14, 25  # Linux: MADV_HUGEPAGE, MADV_COLLAPSE
 
@@ -37,8 +37,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """As `reference.step_linear`."""
     rows, inner = x.shape
     kernel = _kernels().get((x.dtype, weight.dtype))
-    few = rows <= _MOST_ROWS and (rows <= 2 or rows * inner <= _MOST_X or weight.dtype == torch.int8)
-    if kernel is None or not few or not (x.is_contiguous() and weight.is_contiguous()):
+    if kernel is None or not _few(rows, inner, weight) or not (x.is_contiguous() and weight.is_contiguous()):
         return reference.step_linear(x, weight, scale)
     out = x.new_empty(rows, weight.shape[0])
     scales = None if scale is None else scale.data_ptr()
@@ -49,21 +48,38 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return out
 
 
+def _few(rows: int, inner: int, weight: Tensor) -> bool:
+    tiles = _tile_rows()
+    if tiles and weight.shape[0] % 16 == 0 and inner % 32 == 0:
+        return rows <= tiles
+    return rows <= 2 or (rows <= _MOST_ROWS and (rows * inner <= _MOST_X or weight.dtype == torch.int8))
+
+
 def available() -> bool:
     """Whether the compiled kernels are there (compiling them at the first call)."""
     return bool(_kernels())
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> dict[tuple[torch.dtype, torch.dtype], ctypes._CFuncPtr]:
+def _library() -> ctypes.CDLL | None:
     if os.environ.get("AQUILA_NATIVE") == "0":
-        return {}
+        return None
     try:
-        library = ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError):
-        return {}
-    kernels = {}
-    for types, name in _NAMES.items():
+        return None
+
+
+@lru_cache(maxsize=1)
+def _tile_rows() -> int:
+    """Rows that the processor's matrix tiles take at once; 0 without tiles."""
+    return _library().tile_rows()
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> dict[tuple[torch.dtype, torch.dtype], ctypes._CFuncPtr]:
+    library, kernels = _library(), {}
+    for types, name in _NAMES.items() if library else ():
         kernel = getattr(library, name)
         kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int]
         kernel.restype = None

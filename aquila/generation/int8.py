@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aquila.backend import get_backend
 from aquila.model import AquilaModel
 
-_FEW_ROWS = 8
+_FEW_ROWS = 16
 
 
 class Int8Linear(nn.Module):
