@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes or updates .venv; a second run with nothing to do takes under a second.
-#   bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR]
+#   bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR] [--system-torch]
 # Without a word: what the machine has. --dev adds tests and lint. --wheelhouse installs from DIR alone, as
-# scripts/make_wheelhouse.sh made it, without any network.
+# scripts/make_wheelhouse.sh made it, without any network. --system-torch builds on the torch of the machine's
+# Python even where no device is visible (images are built so); with a device that is found by itself.
 # Environment: PYTHON (which Python to build on), TORCH_INDEX_URL (where torch comes from).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,17 +13,18 @@ STAMP="$VENV/.installed"
 LISTS="$PROJECT/requirements"
 
 main() {
-    local device="" dev=0 wheelhouse=""
+    local device="" dev=0 wheelhouse="" system_torch=0
     while [ $# -gt 0 ]; do
         case "$1" in
             cpu | cuda | npu) device="$1" ;;
             --dev) dev=1 ;;
+            --system-torch) system_torch=1 ;;
             --wheelhouse)
                 [ $# -gt 1 ] || fail "--wheelhouse needs a folder"
                 wheelhouse="$(cd "$2" 2>/dev/null && pwd -P)" || fail "wheelhouse $2 does not exist"
                 shift
                 ;;
-            *) fail "unknown argument '$1'; usage: bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR]" ;;
+            *) fail "unknown argument '$1'; usage: bash scripts/install.sh [cpu|cuda|npu] [--dev] [--wheelhouse DIR] [--system-torch]" ;;
         esac
         shift
     done
@@ -44,7 +46,7 @@ main() {
     exec 9>"$VENV/.lock"
     if command -v flock >/dev/null; then flock 9; fi
     if installed "$wanted"; then return; fi
-    install_all "$device" "$dev" "$wheelhouse"
+    install_all "$device" "$dev" "$wheelhouse" "$system_torch"
     printf '%s' "$wanted" >>"$STAMP"
     echo "installed into $VENV ($device)"
 }
@@ -89,11 +91,13 @@ find_python() {
     fail "no Python 3.10 to 3.13 found${found:+, only:$found}; install one, or name it: PYTHON=/path/to/python3.11"
 }
 
-# The version of a torch that the base Python has and that sees its device; nothing otherwise.
+# The version of a torch that the base Python has and that sees its device ($2 = 1: whatever it sees);
+# nothing otherwise.
 device_torch() {
-    "$1" - <<'PYTHON' 2>/dev/null || true
+    "$1" - "$2" <<'PYTHON' 2>/dev/null || true
+import sys
 import torch
-if torch.accelerator.is_available():
+if sys.argv[1] == "1" or torch.accelerator.is_available():
     print(torch.__version__)
 PYTHON
 }
@@ -115,15 +119,22 @@ install_all() {
     local device="$1" dev="$2" wheelhouse="$3" python own_torch=""
     python="$(find_python)"
     check_tools "$python"
-    if [ "$device" != cpu ]; then own_torch="$(device_torch "$python")"; fi
+    if [ "$device" != cpu ] || [ "$4" = 1 ]; then own_torch="$(device_torch "$python" "$4")"; fi
+    if [ "$4" = 1 ] && [ -z "$own_torch" ]; then
+        fail "--system-torch: $python cannot import torch (on NPU: source CANN's set_env.sh first)"
+    fi
     if [ ! -x "$VENV/bin/python" ] || ! python_works "$VENV/bin/python"; then
         echo "making $VENV with $("$python" --version)${own_torch:+ on the torch $own_torch of $python}"
         rm -f "$STAMP"
         if [ -n "$own_torch" ]; then
             "$python" -m venv --system-site-packages "$VENV"
+            see_packages_of "$python"
         else
             "$python" -m venv "$VENV"
         fi
+    fi
+    if [ -n "$own_torch" ] && ! grep -qi 'include-system-site-packages = true' "$VENV/pyvenv.cfg"; then
+        fail "$VENV was made without the torch of $python; remove it and run this again: rm -rf '$VENV'"
     fi
     local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) from=()
     if [ -n "$wheelhouse" ]; then
@@ -153,6 +164,19 @@ install_all() {
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_paths()["purelib"], "aquila-project.pth").write_text(sys.argv[1] + "\n")
 PYTHON
+}
+
+# A Python that is itself a virtual environment does not hand its packages on: then .venv is told where
+# they lie.
+see_packages_of() {
+    if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then return; fi
+    local folders
+    folders="$("$1" -c 'import site, sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))')"
+    "$VENV/bin/python" - "$folders" <<'PYTHON'
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_paths()["purelib"], "system-torch.pth").write_text(sys.argv[1] + "\n")
+PYTHON
+    "$VENV/bin/python" -c 'import torch' || fail "$VENV cannot import the torch of $1"
 }
 
 # torch alone and first, by exact version: whatever follows then finds it there.

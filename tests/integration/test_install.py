@@ -72,6 +72,25 @@ def test_wrong_words(tmp_path: Path) -> None:
     assert not (project / ".venv").exists()
 
 
+def test_the_machine_s_own_torch_is_kept(tmp_path: Path) -> None:
+    """As on a vendor's image: nothing that install.sh brings replaces the torch that is there."""
+    project = clone(tmp_path)
+    own = ROOT / ".venv" / "bin" / "python"
+    done = bash(project, "scripts/install.sh", "cpu", "--system-torch", PYTHON=str(own))
+    assert done.returncode == 0, done.stderr
+    python = project / ".venv" / "bin" / "python"
+    where = subprocess.run(
+        [python, "-c", "import torch; print(torch.__file__)"], text=True, capture_output=True
+    )
+    assert str(ROOT / ".venv") in where.stdout
+    assert not list((project / ".venv").rglob("torch-*.dist-info"))
+    refused = bash(
+        clone(tmp_path / "2"), "scripts/install.sh", "cpu", "--system-torch", PYTHON="/usr/bin/python3"
+    )
+    assert refused.returncode == 2
+    assert "cannot import torch" in refused.stderr or "Python's headers" in refused.stderr
+
+
 @pytest.mark.slow
 def test_a_wheelhouse_installs_without_any_network(tmp_path: Path) -> None:
     """Collected with this project's own Python, installed in a network namespace with no way out."""
