@@ -23,11 +23,12 @@ from aquila.data.batches import Batch, Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
 from aquila.data.order import continue_order, record_order
-from aquila.errors import run_command
+from aquila.errors import UserError, run_command
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
 from aquila.training.boards import Board, TensorBoard, WeightsAndBiases
 from aquila.training.checkpoint import Checkpointer
+from aquila.training.console import say
 from aquila.training.engine import Engine, on_first_rank, processes
 from aquila.training.export import Exporter
 from aquila.training.files import write_atomically
@@ -63,8 +64,9 @@ def main() -> int:
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     here = Device(device.type, tuple(backend.supported_precisions()))
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
-    prefixes = parse_blend(effective.run.data_prefix)[0]
-    check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
+    if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
+        prefixes = parse_blend(effective.run.data_prefix)[0]
+        check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
     with ExitStack() as closing:
         rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device))
@@ -103,8 +105,8 @@ def train(
         record_order(run_dir, corpora.train)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
-        print(describe(effective, backend, schedule, corpora, world_size), *lines, sep="\n")
-        print(f"resumes at step {state.step} from {folder}" if folder else "starts at step 0", flush=True)
+        say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
+        say(f"resumes at step {state.step} from {folder}" if folder else "starts at step 0")
         log = open_log(effective, backend, schedule, corpora, run_dir, world_size, state.step)
         closing.callback(log.close)
         closing.callback(log.draw)
@@ -141,9 +143,12 @@ def train(
 
 def prepare(run_dir: Path, effective: EffectiveConfig) -> None:
     """The run folder, locked against a second run, with the effective configuration in it. Rank 0 alone."""
-    lock_run(run_dir)
-    write_atomically(run_dir / "effective_config.yaml", effective.to_yaml())
-    print(effective.table(), flush=True)
+    try:
+        lock_run(run_dir)
+        write_atomically(run_dir / "effective_config.yaml", effective.to_yaml())
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written: {error.strerror}") from None
+    say(effective.table())
 
 
 def build_model(

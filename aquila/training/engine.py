@@ -6,6 +6,7 @@ The only importer of DeepSpeed. Everything else speaks to `Engine`.
 import copy
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -254,9 +255,18 @@ class Engine:
 
         Raises `UserError`.
         """
+        groups = self._engine.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
         )
+        # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
+        for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        # And one and the same step counter, which every parameter's update would then advance.
+        for entry in self._engine.optimizer.optimizer.state.values():
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"] = entry["step"].clone()
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
@@ -323,6 +333,7 @@ def make_universal(shards: Path, folder: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(
-            f"{shards} could not be converted for another number of devices:\n{done.stderr[-2000:]}"
-        )
+        raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
+    if not list(folder.glob("*mp_rank_00_model_states.pt")):
+        facts = next(shards.glob("*mp_rank_00_model_states.pt"))
+        shutil.copyfile(facts, folder / facts.name)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from aquila.training.console import say
+
 
 class Exporter:
     """Converts every `every`-th finished checkpoint to `exports/step-N-hf` in a process of its own.
@@ -51,10 +53,10 @@ class Exporter:
         if status == 0:
             shutil.rmtree(self._target, ignore_errors=True)
             self._partial.rename(self._target)
-            print(f"exported {self._target}, its logits verified", flush=True)
+            say(f"exported {self._target}, its logits verified")
         else:
             shutil.rmtree(self._partial, ignore_errors=True)
-            print(f"warning: {self._target} was not exported (status {status}); see {self._log}", flush=True)
+            say(f"warning: {self._target} was not exported (status {status}); see {self._log}")
 
 
 def _one_thread() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl, the console, boards, plots. Rank 0 only."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.training.boards import Board
+from aquila.training.console import say
 from aquila.training.engine import StepResult
 from aquila.training.state import TrainState
 
@@ -91,9 +93,10 @@ class RunLog:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._memory_gib = memory_gib
-        self._boards = boards
+        self._boards = list(boards)
         forget_after(folder / METRICS, resumed_step)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._cut = False
 
     def step(
         self,
@@ -133,11 +136,23 @@ class RunLog:
             key: value if value is not None and math.isfinite(value) else None
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-        for board in self._boards:
-            board.write(finite)
-        print(self._line(record), flush=True)
+        self._write(json.dumps(finite) + "\n")
+        for board in list(self._boards):
+            try:
+                board.write(finite)
+            except Exception as error:  # whatever a board's library raises, training is worth more
+                say(f"warning: {type(board).__name__} is given up: {error}")
+                self._boards.remove(board)
+        say(self._line(record))
+
+    def _write(self, line: str) -> None:
+        """A full disk costs lines of the log, not the run; a line cut short is ended by the next."""
+        try:
+            data = (("\n" if self._cut else "") + line).encode()
+            self._cut = self._file.write(data) != len(data)
+        except OSError as error:
+            self._cut = True
+            say(f"warning: {METRICS} was not written: {error}")
 
     def _line(self, record: dict[str, Any]) -> str:
         width = len(str(self._total_steps))
@@ -172,12 +187,13 @@ class RunLog:
             draw_loss(records, self._folder / "loss.png")
             draw_throughput(records, self._folder / "throughput.png")
         except Exception as error:
-            print(f"warning: the plots were not drawn: {error}", flush=True)
+            say(f"warning: the plots were not drawn: {error}")
 
     def close(self) -> None:
         self._file.close()
         for board in self._boards:
-            board.close()
+            with contextlib.suppress(Exception):
+                board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

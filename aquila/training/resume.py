@@ -8,6 +8,7 @@ import torch
 
 from aquila.config import EffectiveConfig
 from aquila.errors import UserError
+from aquila.training.console import say
 from aquila.training.engine import SHARDS, Engine, make_universal, on_first_rank
 from aquila.training.files import FOLDER, damage, list_checkpoints, read_state
 from aquila.training.randomness import restore_random_state
@@ -32,7 +33,7 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
         problem = damage(folder)
         if problem is None:
             return folder
-        print(f"warning: checkpoint {folder} is not whole and is not used: {problem}", flush=True)
+        say(f"warning: checkpoint {folder} is not whole and is not used: {problem}")
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {run_dir / FOLDER} is whole; "
@@ -52,6 +53,12 @@ class Resumption:
         now["precision"] = effective.run.precision
         self.changes = {k: (self.facts[k], v) for k, v in now.items() if self.facts[k] != v}
         """What is not as it was, by name: (then, now)."""
+        stages = self.changes.get("zero_stage", ())
+        if self.has_optimizer and 3 in stages:
+            raise UserError(
+                f"{folder}: its optimizer state was divided by ZeRO-{stages[0]}; between ZeRO-3 and the "
+                f"others it cannot be converted; go on with zero_stage={stages[0]}"
+            )
 
     @property
     def universal(self) -> bool:
@@ -65,7 +72,7 @@ class Resumption:
         elif self.has_optimizer:
             engine.load_shards(self.folder)
         elif rank == 0:
-            print(f"warning: {self.folder} holds no optimizer state: this run is not exact", flush=True)
+            say(f"warning: {self.folder} holds no optimizer state: this run is not exact")
         own = self.folder / "rng" / f"rank-{rank:05d}.pt"
         if own.is_file():
             restore_random_state(torch.load(own, weights_only=False))
@@ -77,7 +84,7 @@ class Resumption:
 
         def convert() -> None:
             changes = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in self.changes.items())
-            print(f"dividing the optimizer state of {self.folder} anew ({changes})", flush=True)
+            say(f"dividing the optimizer state of {self.folder} anew ({changes})")
             shutil.rmtree(copy, ignore_errors=True)
             copy.mkdir(parents=True)
             make_universal(self.folder / SHARDS, copy / SHARDS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from aquila.config import RunConfig
 from aquila.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
+from aquila.training.console import say
 from aquila.training.engine import Engine, MicroBatch, StepResult
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.schedule import Schedule
@@ -187,4 +188,4 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.log is not None:
-            print(text, flush=True)
+            say(text)

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from aquila.errors import EXIT_FAILURE
+from aquila.training.console import say
 from aquila.training.files import write_atomically
 
 _GRACE = 3.0
@@ -36,6 +37,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         if timeout:
+            folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("hang-*.json"):
                 old.unlink(missing_ok=True)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -61,15 +63,15 @@ class Watchdog:
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"
         if ours:
             place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name}, {place}"
-        print(f"rank {self._rank} finished nothing in {self._timeout:g} s; its stacks:", flush=True)
+        say(f"rank {self._rank} finished nothing in {self._timeout:g} s; its stacks:")
         faulthandler.dump_traceback(all_threads=True)
         report = {"rank": self._rank, "step": self._step, "waits": waits, "place": place}
         try:
             write_atomically(self._folder / f"hang-{self._rank:05d}.json", json.dumps(report))
         except OSError as error:
-            print(f"warning: no report of the hang could be written: {error}", flush=True)
+            say(f"warning: no report of the hang could be written: {error}")
         time.sleep(_GRACE)
-        print(self._verdict(), flush=True)
+        say(self._verdict())
         os._exit(EXIT_FAILURE)  # the main thread cannot be woken, and may hold any lock
 
     def _verdict(self) -> str:

@@ -1,0 +1,147 @@
+"""The fault suite at a small size; `bash scripts/soak.sh` runs it at length."""
+
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integration.faults import scenarios
+from tests.integration.training_runs import children, make_project, metrics, start, train, wait_for
+
+SHORT = ("train_iters=6", "eval_interval=0", "gradient_accumulation_steps=1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    return make_project(tmp_path_factory.mktemp("faults"))
+
+
+def test_kill_9_of_a_rank(project: Path) -> None:
+    outcome = scenarios.killed_at_random(project, "killed", random.Random(1))
+    assert outcome.survived, outcome.note
+    assert outcome.steps_lost <= 8  # the newest checkpoint may still have been on its way
+
+
+def test_kill_9_while_saving(project: Path) -> None:
+    outcome = scenarios.killed_while_saving(project, "killed-saving", random.Random(2))
+    assert outcome.survived, outcome.note
+
+
+def test_sigterm_loses_nothing(project: Path) -> None:
+    outcome = scenarios.terminated(project, "terminated", random.Random(3))
+    assert outcome.survived, outcome
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(project: Path) -> None:
+    outcome = scenarios.damaged(project, "damaged", random.Random(4), scenarios.flip_bit, "flipped bit")
+    assert outcome.survived, outcome.note
+    assert outcome.steps_lost == 2  # from the checkpoint of step 14 back to that of step 12
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk(project: Path) -> None:
+    outcome = scenarios.full_disk(project, "full")
+    assert outcome.survived, outcome.note
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_read_only_folder_is_one_clear_message(project: Path) -> None:
+    disk = scenarios.SmallDisk(project / "checkpoints_out" / "readonly", 1 << 20)
+    try:
+        disk.read_only()
+        _, output = train(project, "readonly", *SHORT, ranks=1)
+    finally:
+        disk.read_only(False)
+        disk.close()
+    assert "cannot be written" in output
+    assert "exitcode  : 2" in output
+
+
+def test_a_nan_is_skipped_by_all_ranks_and_told_with_its_documents(project: Path) -> None:
+    status, output = train(project, "nan", *SHORT, fault="nan:3:1")
+    assert status == 0, output
+    (line,) = [line for line in output.splitlines() if "is skipped on all ranks" in line]
+    assert line.startswith("warning: step 3")
+    assert "loss not finite on ranks [1]" in line
+    assert "samples 8 to 11" in line
+    assert "documents" in line
+    records = metrics(project, "nan")
+    assert [record["step"] for record in records if record.get("skipped")] == [3]
+    assert records[-1]["loss"] < records[0]["loss"] + 1
+
+
+def test_nan_for_ever_gives_up_with_advice(project: Path) -> None:
+    status, output = train(project, "nan-always", *SHORT, "max_bad_steps=3", fault="nan-always:2:0")
+    assert status == 1
+    assert "not finite in 3 steps in a row, up to step 4" in output
+
+
+def test_a_rank_asleep_ends_the_run_and_is_named(project: Path) -> None:
+    status, output = train(project, "asleep", *SHORT, "hang_timeout=6", fault="asleep:3:1")
+    assert status == 1
+    verdicts = [line for line in output.splitlines() if line.startswith("error: no step was finished")]
+    assert verdicts
+    assert all("Stuck: rank 1 at " in line and "rank 0 at" not in line for line in verdicts)
+    assert "Thread" in output  # faulthandler's stacks
+    assert "fault_rank.py" in output
+
+
+def test_a_rank_that_does_not_even_answer_is_named(project: Path) -> None:
+    process = start(project, "frozen", *SHORT[1:], "train_iters=100000", "hang_timeout=6")
+    try:
+        wait_for(lambda: scenarios.last_step(project, "frozen") >= 2, process)
+        frozen = children(process.pid)[1]
+        os.kill(frozen, signal.SIGSTOP)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert "rank 1, which does not even answer" in output
+
+
+def test_a_diverged_replica_is_found(project: Path) -> None:
+    status, output = train(project, "flip", *SHORT, "replica_check_interval=1", fault="flip:1:1", ranks=3)
+    assert status == 1
+    assert "the weights of rank(s) [1] differ" in output
+
+
+def test_a_clock_set_back_changes_nothing(project: Path) -> None:
+    status, output = train(project, "clock", *SHORT, fault="clock:3:0")
+    assert status == 0, output
+    assert all(0 < record["step_seconds"] < 60 for record in metrics(project, "clock"))
+
+
+def test_two_runs_in_one_folder(project: Path) -> None:
+    process = start(project, "twice", *SHORT[1:], "train_iters=100000", ranks=1)
+    wait_for(lambda: scenarios.last_step(project, "twice") >= 1, process)
+    _, output = train(project, "twice", *SHORT, ranks=1)
+    assert "is in use by process" in output
+    assert "exitcode  : 2" in output
+    assert process.poll() is None
+    (rank,) = children(process.pid)
+    os.kill(rank, signal.SIGUSR1)  # saves and goes on
+    folder = project / "checkpoints_out" / "twice" / "0" / "checkpoints"
+    wait_for(lambda: list(folder.glob("step-*")), process)
+    reached = scenarios.last_step(project, "twice")
+    wait_for(lambda: scenarios.last_step(project, "twice") > reached, process)
+    os.kill(rank, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert not list(folder.glob(".*partial"))
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_samples(project: Path) -> None:
+    """ZeRO-2 on 2 ranks, then on 1 and 3: losses within the noise of another order of sums."""
+    common = ("precision=fp32", *SHORT)
+    assert train(project, "whole", *common, "batch_size=6", ranks=1)[0] == 0
+    _, output = train(project, "part", *common, "batch_size=3", "exit_interval=3")
+    assert "exitcode  : 75" in output, output
+    expected = [record["loss"] for record in metrics(project, "whole")]
+    for ranks, batch_size in ((1, 6), (3, 2)):
+        shutil.copytree(project / "checkpoints_out" / "part", project / "checkpoints_out" / f"part-{ranks}")
+        status, output = train(project, f"part-{ranks}", *common, f"batch_size={batch_size}", ranks=ranks)
+        assert status == 0, output
+        assert "dividing the optimizer state" in output
+        losses = [record["loss"] for record in metrics(project, f"part-{ranks}")]
+        assert losses == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,134 @@
+"""What the tests of training share: a project with a small model and corpus, and ranks started in it."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.integration.launch_helpers import copy_project, environment
+
+FAULT_RANK = Path(__file__).parent / "faults" / "fault_rank.py"
+MODEL = {
+    "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 1217,
+    "max_seq_len": 32, "checkpoint_activations": True, "ckpoint_layer": 1,
+}  # fmt: skip
+RUN = {
+    "data_prefix": "data/demo_text_document", "split": "80,20", "batch_size": 2,
+    "gradient_accumulation_steps": 2, "train_iters": 12, "lr": 1e-3, "log_interval": 1, "eval_interval": 4,
+    "eval_iters": 2, "save_interval": 100, "tensorboard": False,
+}  # fmt: skip
+EXACT = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "consumed_samples",
+    "consumed_tokens",
+    "epoch",
+    "valid_loss",
+)
+
+
+def make_project(folder: Path) -> Path:
+    """A copy of the project with a small model folder, a small corpus and a run YAML."""
+    project = copy_project(folder)
+    model = project / "checkpoints_in" / "small"
+    tiny = Path(__file__).parents[2] / "checkpoints_in" / "aquila-tiny"
+    shutil.copytree(tiny, model)
+    (model / "config.json").write_text(json.dumps(MODEL))
+    (project / "run.yaml").write_text(yaml.safe_dump(RUN))
+    python(project, "-m", "data_tools.make_demo_corpus", "--output", "demo.jsonl", "--documents", "30")
+    python(
+        project, "-m", "data_tools.make_indexed_dataset", "--input", "demo.jsonl",
+        "--output-prefix", "data/demo", "--model-dir", "checkpoints_in/small",
+    )  # fmt: skip
+    return project
+
+
+def python(project: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=project,
+        env=environment(project),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def start(
+    project: Path,
+    experiment: str,
+    *overrides: str,
+    ranks: int = 2,
+    model: str = "small",
+    fault: str = "",
+) -> subprocess.Popen:
+    """Ranks of `aquila.pretrain` under torchrun; `fault` is one of faults/fault_rank.py."""
+    program = [str(FAULT_RANK)] if fault else ["-m", "aquila.pretrain"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        *program, "run.yaml", model, experiment, *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=project,
+        env={**environment(project), "OMP_NUM_THREADS": "1", "AQUILA_FAULT": fault},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def train(project: Path, experiment: str, *overrides: str, **options: Any) -> tuple[int, str]:
+    """The status of torchrun and all that was printed; options as in `start`."""
+    process = start(project, experiment, *overrides, **options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def metrics(project: Path, experiment: str) -> list[dict]:
+    path = project / "checkpoints_out" / experiment / "0" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exact(records: list[dict]) -> list[dict]:
+    return [{key: record.get(key) for key in EXACT} for record in records]
+
+
+def weights_hash(project: Path, experiment: str, step: int) -> str:
+    folder = project / "checkpoints_out" / experiment / "0" / "checkpoints" / f"step-{step:08d}"
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wait_for(
+    condition: Callable[[], object],
+    process: subprocess.Popen,
+    *,
+    seconds: float = 120,
+    exits: bool = False,
+    pause: float = 0.02,
+) -> None:
+    """Until `condition`; the process may end meanwhile only when `exits` says so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert exits or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(pause)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        child.pid
+        for child in psutil.Process(pid).children()
+        if any("pretrain" in w or "fault_rank" in w for w in child.cmdline())
+    ]
