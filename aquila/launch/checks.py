@@ -16,7 +16,7 @@ from aquila.launch.facts import existing_parent
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.memory import GIB, estimate, setup_of
 from aquila.launch.nodes import find_this_node
-from aquila.launch.probe import probe_devices
+from aquila.launch.probe import probe_devices, probe_weights
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 
@@ -200,7 +200,8 @@ def _weights(config: EffectiveConfig) -> str:
     empty = [path.name for path in files if path.stat().st_size == 0]
     if empty:
         raise UserError(f"{config.model_dir}: {', '.join(empty)} is empty; download it again")
-    return ", ".join(path.name for path in files)
+    parameters = probe_weights(config.model_dir)
+    return f"{', '.join(path.name for path in files)}: {parameters:,} parameters, as config.json says"
 
 
 def _data(config: EffectiveConfig, root: Path) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from aquila.errors import UserError
@@ -53,6 +54,24 @@ print("\\nAQUILA-PROBE " + json.dumps({
 }))
 """
 
+_WEIGHTS = """
+import json, sys
+from aquila.errors import UserError
+from aquila.model import AquilaModel
+from aquila.model.weights import Weights, check_names, load_config
+
+answer = {}
+try:
+    folder = sys.argv[1]
+    config = load_config(folder)
+    shapes = {name: p.shape for name, p in AquilaModel(config, device="meta").named_parameters()}
+    check_names(shapes, Weights(folder, config).info, folder)
+    answer["parameters"] = sum(shape.numel() for shape in shapes.values())
+except UserError as error:
+    answer["problem"] = str(error)
+print("\\nAQUILA-PROBE " + json.dumps(answer))
+"""
+
 
 @lru_cache(maxsize=1)
 def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
@@ -64,15 +83,30 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
 
     Raises `UserError` with Python's own error when torch or the device's library cannot be loaded.
     """
+    return _ask(_PROBE, timeout, "looking for devices")
+
+
+def probe_weights(model_dir: Path, timeout: float = 120.0) -> int:
+    """How many parameters a model folder's weights hold, names and shapes compared with its config.
+
+    Reads headers only. Raises `UserError` that lists what is missing, unexpected or of another shape.
+    """
+    found = _ask(_WEIGHTS, timeout, f"reading the headers of the weights in {model_dir}", str(model_dir))
+    if "problem" in found:
+        raise UserError(found["problem"])
+    return found["parameters"]
+
+
+def _ask(code: str, timeout: float, what: str, *words: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE],
+            [sys.executable, "-c", code, *words],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=timeout,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise UserError(f"looking for devices took longer than {timeout:.0f} s; is a device hung?") from None
+        raise UserError(f"{what} took longer than {timeout:.0f} s; is a device or a disk hung?") from None
     for line in done.stdout.splitlines():
         if line.startswith("AQUILA-PROBE "):
             return json.loads(line.removeprefix("AQUILA-PROBE "))

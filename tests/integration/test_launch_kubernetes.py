@@ -1,4 +1,4 @@
-"""Protects: the PyTorchJob manifest: its structure, and that its very command trains as the operator starts it."""
+"""Protects: the PyTorchJob manifest: its structure, and that its command trains as the operator starts it."""
 
 import os
 import subprocess

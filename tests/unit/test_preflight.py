@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from aquila.backend import detect
+from aquila.config import load_model_config
 from aquila.data.indexfile import bin_path, idx_path, write_index
 from aquila.data.meta import make_meta, meta_path, tokenizer_facts, write_meta
 from aquila.errors import UserError
 from aquila.launch import checks
 from aquila.launch.checks import FAIL, PASS, WARN, Checked, check_run
 from aquila.launch.probe import probe_devices
+from aquila.model import AquilaModel
+from aquila.model.weights import save_weights
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "batch_size: 2\nlr: 1.0e-4\ndata_prefix: data/demo_text_document\n"
@@ -99,6 +102,18 @@ def test_missing_weights_say_how_to_train_from_scratch(project: Path) -> None:
     assert "bmt_pre_load=False" in refused(project, "bmt_pre_load=True")
     (project / "checkpoints_in" / "tiny" / "pytorch_model.bin").touch()
     assert "is empty" in refused(project, "bmt_pre_load=True")
+
+
+def test_weights_of_another_shape_are_found_in_their_headers(project: Path) -> None:
+    folder = project / "checkpoints_in" / "tiny"
+    save_weights(AquilaModel(load_model_config(folder)).state_dict(), folder)
+    states = {finding.check: finding.state for finding in check(project, "bmt_pre_load=true").findings}
+    assert states["weights"] == PASS
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dim": 64}))
+    message = refused(project, "bmt_pre_load=true")
+    assert "do not fit this config.json" in message
+    assert "of another shape" in message
 
 
 def test_missing_data_and_data_that_is_cut_off(project: Path) -> None:
