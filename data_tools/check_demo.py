@@ -13,7 +13,8 @@ from data_tools.demo_corpus import draw_prompts, is_correct
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.check_demo", description="Counts a model's right answers to the demo corpus."
+        prog="python -m data_tools.check_demo",
+        description="Counts a model's right answers to the demo corpus.",
     )
     parser.add_argument("--model-dir", help="model or run folder (default: the newest run)")
     parser.add_argument("--prompts", type=int, default=50, help="how many prompts (default: 50)")

@@ -21,7 +21,7 @@ bash scripts/local_trigger_docker.sh hostfile configs/Aquila-tiny.yaml aquila-ti
 step "Generating"
 for prompt in "The day after Monday is" "On Friday Tom the baker met" "“太阳”的英文是："; do
     printf '\n> %s\n' "$prompt"
-    "$python" generate.py --prompt "$prompt" --temperature 0 --max-new-tokens 24 2>/dev/null
+    "$python" generate.py --prompt "$prompt" --temperature 0 --max-new-tokens 24
 done
 
 step "50 prompts drawn from the corpus's grammar, completed greedily"
