@@ -26,5 +26,5 @@ setup(
     packages=find_packages(include=["aquila", "aquila.*", "data_tools"]),
     py_modules=["generate"],
     install_requires=requirements("torch") + requirements("core"),
-    extras_require={"dev": requirements("dev"), "npu": requirements("npu")},
+    extras_require={name: requirements(name) for name in ("extras", "dev", "npu")},
 )

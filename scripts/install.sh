@@ -32,7 +32,7 @@ main() {
 
     local lists=(torch build core) list
     if [ "$device" = npu ]; then lists+=(npu); fi
-    if [ "$dev" = 1 ]; then lists+=(dev); fi
+    if [ "$dev" = 1 ]; then lists+=(extras dev); fi
     local wanted=""
     for list in "${lists[@]}"; do
         wanted+="$device $list $(cksum <"$LISTS/$list.txt")"$'\n'
@@ -158,12 +158,24 @@ install_all() {
     DS_BUILD_OPS=0 PATH="$VENV/bin:$PATH" \
         "${pip[@]}" install -qq "${from[@]}" -c "$constraints" --no-build-isolation -r "$LISTS/core.txt"
     if [ "$device" = npu ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/npu.txt"; fi
-    if [ "$dev" = 1 ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/dev.txt"; fi
+    if [ "$dev" = 1 ]; then install_dev; fi
     # `python -m aquila...` works from every folder.
     "$VENV/bin/python" - "$PROJECT" <<'PYTHON'
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_paths()["purelib"], "aquila-project.pth").write_text(sys.argv[1] + "\n")
 PYTHON
+}
+
+# Tests, lint, and the packages of single features, which have tests, too.
+install_dev() {
+    echo "installing what the tests need"
+    "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/extras.txt" -r "$LISTS/dev.txt"
+    # The vendor's wheel, for tests of its schemas without a device. Beside the packages, never among them:
+    # torch would load it by itself and fail for want of CANN. Where there is no wheel those tests skip.
+    if [ "$device" != npu ] && [ ${#from[@]} = 0 ]; then
+        "${pip[@]}" install -qq --no-deps --upgrade --target "$VENV/npu-test" -r "$LISTS/npu.txt" ||
+            echo "no torch_npu wheel for this Python and platform: the tests that read it will skip"
+    fi
 }
 
 # A Python that is itself a virtual environment does not hand its packages on: then .venv is told where
