@@ -12,6 +12,9 @@ from aquila.generation.sampling import Sampling, draw, penalize
 from aquila.generation.step import DecodeStep
 from aquila.model import AquilaModel
 
+# More tokens at once are no faster, and their activations no longer fit the processor's caches.
+_PREFILL_TOKENS = 4096
+
 
 class Sequence:
     """One prompt and its answer, as tokens. `finish_reason`: stop, length, context, or None while open."""
@@ -221,14 +224,17 @@ class Decoder:
 
 
 def _alike(sequences: list[Sequence], context: int) -> list[list[Sequence]]:
-    """Groups of similar prompt length, so that padding costs at most about a quarter."""
+    """Groups to prefill together: of similar length, so that padding costs at most about a quarter, and of
+    at most `_PREFILL_TOKENS` tokens."""
     groups: list[list[Sequence]] = []
     for sequence in sorted(sequences, key=lambda item: len(item.tokens)):
         length = min(len(sequence.tokens), context)
-        if groups and length <= 1.25 * min(len(groups[-1][0].tokens), context) + 8:
-            groups[-1].append(sequence)
-        else:
-            groups.append([sequence])
+        if groups:
+            shortest, count = min(len(groups[-1][0].tokens), context), len(groups[-1])
+            if length <= 1.25 * shortest + 8 and (count + 1) * length <= _PREFILL_TOKENS:
+                groups[-1].append(sequence)
+                continue
+        groups.append([sequence])
     return groups
 
 
