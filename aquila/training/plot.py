@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
@@ -55,6 +55,27 @@ def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
         right.set_ylim(0, max(value for _, value in mfu) * 1.1)
         right.set_ylabel("model FLOP/s utilization")
     _title_and_save(figure, axis, path, steps[-1])
+
+
+def draw_runs(runs: dict[str, list[dict[str, Any]]], target: Path | IO[bytes], picture: str = "png") -> None:
+    """Draws loss and throughput of several runs, by name, over one another."""
+    figure, (loss, rate) = _figure(2, (10, 8), sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    for number, (name, records) in enumerate(runs.items()):
+        color = f"C{number % 10}"
+        steps = [record["step"] for record in records]
+        losses = [record["loss"] for record in records]
+        loss.plot(steps, losses, color=color, linewidth=0.6, alpha=0.35)
+        loss.plot(steps, smooth(losses), color=color, linewidth=1.6, label=name)
+        valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
+        if valid:
+            loss.plot(*zip(*valid, strict=True), "o", color=color, markersize=4, markeredgecolor="white")
+        rate.plot(steps, [record.get("tokens_per_second") for record in records], color=color, linewidth=1.0)
+    loss.set_ylabel("loss (nats per token); dots: validation")
+    loss.legend(frameon=False)
+    rate.set_ylabel("tokens per second")
+    rate.set_ylim(bottom=0)
+    rate.set_xlabel("optimizer step")
+    figure.savefig(target, format=picture)
 
 
 def _figure(rows: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
