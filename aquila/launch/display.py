@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL = 1.0
 
@@ -42,10 +42,8 @@ class Display:
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                BarColumn(bar_width=16),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                 console=self.console,
             )
             self.progress.start()
