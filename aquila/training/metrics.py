@@ -126,6 +126,7 @@ class RunLog:
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "epoch": (state.consumed_samples - 1) // self._samples_per_epoch,
+            "total_steps": self._total_steps,
         } | rest
         if valid_loss is not None:
             record["valid_loss"] = valid_loss
