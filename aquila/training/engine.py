@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
 from aquila.errors import UserError
+from aquila.training.lean import make_lean
 from aquila.training.settings import deepspeed_config
 
 Result = TypeVar("Result")
@@ -146,6 +147,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        if self._stage in (1, 2):
+            make_lean(self._engine.optimizer)
 
     @property
     def device(self) -> torch.device:
