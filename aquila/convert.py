@@ -19,10 +19,11 @@ from torch import Tensor
 from aquila.config import ModelConfig
 from aquila.config.strict import read_json
 from aquila.errors import UserError, run_command
+from aquila.generation.find import find_model_dir
 from aquila.model import AquilaModel, hf
 from aquila.model.files import TensorInfo, temporary_name, write_torch
 from aquila.model.hf_tokenizer import copy_released, has_tokenizer, write_hf, write_json
-from aquila.model.weights import Weights, check_names, load_config, resolve_model_dir, write_sharded
+from aquila.model.weights import Weights, check_names, load_config, write_sharded
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +40,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = _parser().parse_args(arguments)
-    source, output = resolve_model_dir(args.input), args.output
+    source, output = find_model_dir(str(args.input), Path.cwd()), args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another --output, or remove it first")
     dtype = DTYPES.get(args.dtype)
