@@ -115,6 +115,30 @@ def test_training_from_the_originals_golden_weights(project: Path, shared_dir: P
     assert metrics(project, "nano")[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_old_checkpoints_go_marked_ones_stay_and_copies_are_verified(project: Path) -> None:
+    """Saves at 2, 4, 6 and the end: the newest stays, and the multiple of 4; the fourth is exported."""
+    options = ["train_iters=7", "save_interval=2", "keep_checkpoints=1", "keep_every=4", "eval_interval=0"]
+    status, output = train(project, "kept", *options, "export=hf", "export_every=4", ranks=1)
+    assert status == 0, output
+    run = project / "checkpoints_out" / "kept" / "0"
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000004", "step-00000007"]
+    assert [path.name for path in (run / "exports").iterdir()] == ["step-00000007-hf"]
+    assert "its logits verified" in output
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run / "exports" / "step-00000007-hf")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 70_000
+
+    source = (
+        run / "checkpoints" / "step-00000004"
+    )  # and another run may start from any checkpoint by its path
+    status, output = train(project, "elsewhere", "train_iters=5", f"resume={source}", ranks=1)
+    assert status == 0, output
+    assert f"resumes at step 4 from {source}" in output
+    assert [record["step"] for record in metrics(project, "elsewhere")] == [5]
+
+
 def test_other_data_of_this_model_is_refused_by_the_rank_too(project: Path) -> None:
     """Whoever starts ranks without the launcher gets the same message and status 2."""
     other = "data/other_text_document"

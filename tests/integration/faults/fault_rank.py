@@ -2,6 +2,7 @@
 
 nan         the loss of that step and rank, and so its gradients, are not finite
 nan-always  the same from that step on
+spike       the loss of that step and rank is a hundred times as large
 asleep      the rank sleeps for ever before that step
 flip        one bit of the rank's weights changes after that step
 clock       the wall clock goes back an hour at that step
@@ -31,7 +32,8 @@ def due() -> bool:
 def loss(module: torch.nn.Module, batch: object) -> torch.Tensor:
     value = _loss(module, batch)
     poisoned = module.training and (due() or (HERE and KIND == "nan-always" and _state["step"] > int(STEP)))
-    return value * float("nan") if KIND.startswith("nan") and poisoned else value
+    factor = {"nan": float("nan"), "nan-always": float("nan"), "spike": 100.0}.get(KIND, 1.0)
+    return value * factor if poisoned else value
 
 
 def step(trainer: Trainer) -> StepResult:

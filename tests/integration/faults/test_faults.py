@@ -73,6 +73,17 @@ def test_a_nan_is_skipped_by_all_ranks_and_told_with_its_documents(project: Path
     assert records[-1]["loss"] < records[0]["loss"] + 1
 
 
+def test_a_spike_is_left_out(project: Path) -> None:
+    options = (*SHORT[1:], "train_iters=104", "log_interval=1", "skip_spikes=3")
+    status, output = train(project, "spike", *options, fault="spike:103:1")
+    assert status == 0, output
+    (line,) = [line for line in output.splitlines() if "is skipped on all ranks" in line]
+    assert line.startswith("warning: step 103")
+    assert "is a spike over its mean" in line
+    records = metrics(project, "spike")
+    assert records[-1]["loss"] < 2 * records[-3]["loss"]
+
+
 def test_nan_for_ever_gives_up_with_advice(project: Path) -> None:
     status, output = train(project, "nan-always", *SHORT, "max_bad_steps=3", fault="nan-always:2:0")
     assert status == 1
