@@ -1,27 +1,19 @@
 """Products of a few rows with a large matrix on a CPU, at the speed at which memory gives the matrix.
 
 torch's bf16 product of one row reaches half of the memory's bandwidth on small and middling matrices;
-`few_rows.cpp` reaches nearly all of it. It is compiled once a machine, in seconds, and kept in the user's
-cache folder. Where there is no compiler, or AQUILA_NATIVE=0, torch computes the same product.
+`few_rows.cpp` reaches nearly all of it. Where there is no compiler, or AQUILA_NATIVE=0, torch computes the
+same product.
 """
 
 import ctypes
-import hashlib
-import os
 import platform
-import shlex
-import subprocess
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aquila.backend import reference
+from aquila.backend import native, reference
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _NAMES = {
     (torch.bfloat16, torch.bfloat16): "bf16_by_bf16",
     (torch.bfloat16, torch.int8): "bf16_by_int8",
@@ -60,14 +52,8 @@ def available() -> bool:
     return bool(_kernels())
 
 
-@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("AQUILA_NATIVE") == "0":
-        return None
-    try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return native.library("few_rows.cpp")
 
 
 @lru_cache(maxsize=1)
@@ -85,44 +71,6 @@ def _kernels() -> dict[tuple[torch.dtype, torch.dtype], ctypes._CFuncPtr]:
         kernel.restype = None
         kernels[types] = kernel
     return kernels
-
-
-def _built() -> Path:
-    """The compiled library: from the cache, or compiled into it. Raises `OSError`, `SubprocessError`."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
-    key = hashlib.sha256()
-    # A home may be shared by machines of different processors.
-    for part in (_SOURCE.read_bytes(), repr(command).encode(), platform.machine().encode(), _processor()):
-        key.update(part)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aquila"
-    path = folder / f"few_rows-{key.hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-    except OSError:  # a home that cannot be written: for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="aquila-"))
-        path = folder / path.name
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        subprocess.run(
-            [*command, str(_SOURCE), "-o", unfinished], check=True, capture_output=True, timeout=120
-        )
-        os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-    return path
-
-
-def _processor() -> bytes:
-    """What the processor can do, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
-        return next(line for line in lines if line.startswith((b"flags", b"Features")))
-    except (OSError, StopIteration):
-        return platform.processor().encode()
 
 
 def huge_pages(tensor: Tensor) -> None:
