@@ -1,0 +1,350 @@
+"""The contenders of `train_step.py`, each in a process of its own that trains when told to.
+
+    python benchmarks/step_contenders.py NAME CONFIG.json    (started by train_step.py)
+
+Reads lines from its input: "step N" trains N steps, "end" ends. Answers are lines of "@" and JSON. All get
+the same tokens, and the same first weights: `AquilaModel.init_weights`, drawn parameter by parameter.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from aquila.backend import get_backend  # noqa: E402
+from aquila.config import Device, ModelConfig, load_run_config  # noqa: E402
+from aquila.model import AquilaModel, hf  # noqa: E402
+from aquila.training.lean import adamw, blocks  # noqa: E402
+from aquila.training.settings import parameter_groups  # noqa: E402
+
+LR, BETAS, EPS, DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+Step = Callable[[Tensor, Tensor], float]
+"""Tokens and labels, int64 (batch, sequence), to the loss; weights are one step further."""
+
+
+def first_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Released names and fp32 values, one at a time."""
+    shapes = AquilaModel(config, device="meta")
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in shapes.named_parameters():
+        values = torch.ones(parameter.shape)
+        if values.dim() > 1:
+            values.normal_(0.0, config.initializer_range, generator=generator)
+        yield name, values
+
+
+# ---- ours ------------------------------------------------------------------------------------------------
+
+
+def ours(settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
+    """The model under `aquila.training.engine.Engine`, ZeRO-2, a world of one; or torch alone."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        return ours_alone(settings)
+    from aquila.training.engine import Engine, processes
+
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    (folder / "config.json").write_text(settings.config.model_dump_json(exclude_defaults=True))
+    (folder / "run.yaml").write_text(
+        f"batch_size: {settings.batch}\nprecision: bf16\nseq_length: {settings.seq}\nclip_grad: {CLIP}\n"
+        f"ckpoint_layer: {settings.recompute}\nweight_decay: {DECAY}\nbetas: {list(BETAS)}\neps: {EPS}\n"
+    )
+    backend = settings.backend
+    device = Device(settings.device.type, backend.supported_precisions())
+    effective = load_run_config(folder / "run.yaml", str(folder), [], device=device, root=ROOT)
+    _, world_size = stack.enter_context(processes(backend.COMMUNICATION, settings.device))
+    model = our_model(settings)
+    optimizer = backend.optimizer("auto", parameter_groups(model, DECAY), LR, BETAS, EPS, DECAY)
+    engine = Engine(model, optimizer, effective, world_size)
+    mask = torch.ones(settings.batch, settings.seq, device=settings.device)
+
+    def step(tokens: Tensor, labels: Tensor) -> float:
+        batch = SimpleNamespace(tokens=tokens, labels=labels, loss_mask=mask, documents=None)
+        return engine.train_step([batch], LR).loss
+
+    return step, "Engine: DeepSpeed ZeRO-2, world of one"
+
+
+def our_model(settings: SimpleNamespace) -> AquilaModel:
+    config = settings.config.model_copy(
+        update={"checkpoint_activations": settings.recompute != 0, "ckpoint_layer": settings.recompute}
+    )
+    model = AquilaModel(config, device="meta")
+    with torch.no_grad():
+        for name, values in first_weights(config):
+            model.place(name, values.to(settings.device, torch.bfloat16))
+    if settings.backend.COMPILE_BLOCKS or settings.compile_ours:
+        model.compile_blocks()
+    return model
+
+
+def ours_alone(settings: SimpleNamespace) -> tuple[Step, str]:
+    """The same arithmetic without DeepSpeed: bf16 weights, fp32 master weights and moments."""
+    model = our_model(settings)
+    states = []
+    for group in parameter_groups(model, DECAY):
+        options = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": group["weight_decay"]}
+        for weight in group["params"]:
+            master = weight.detach().float().view(-1)
+            moments = torch.zeros_like(master), torch.zeros_like(master), master.new_zeros(())
+            states.append((weight, master, moments, options))
+
+    @torch.no_grad()
+    def update() -> None:
+        total = torch.zeros((), dtype=torch.float64, device=settings.device)
+        for weight, *_ in states:
+            for block, _ in blocks([weight.grad]):
+                total += torch.linalg.vector_norm(block.double()).square()
+        factor = min(1.0, CLIP / (total.sqrt().item() + 1e-6))
+        for weight, master, (first, second, count), options in states:
+            count += 1
+            flat = weight.view(-1)
+            for block, start in blocks([weight.grad]):
+                part = slice(start, start + block.numel())
+                adamw(flat[part], master[part], block, (first[part], second[part], count), options, factor)
+            weight.grad = None
+
+    def step(tokens: Tensor, labels: Tensor) -> float:
+        loss = model(tokens, labels=labels)
+        loss.backward()
+        update()
+        return loss.item()
+
+    return step, "torch alone: DeepSpeed is not installed"
+
+
+# ---- the others ------------------------------------------------------------------------------------------
+
+
+def transformers_llama(
+    settings: SimpleNamespace, stack: ExitStack, precision: str, compiled: bool
+) -> tuple[Step, str]:
+    """`LlamaForCausalLM` with sdpa, its own loss, clip and torch's fused AdamW, as its users train it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    dtype = torch.bfloat16 if precision == "pure" else torch.float32
+    facts = hf.config_to_hf(settings.config, str(dtype).removeprefix("torch."))
+    config = transformers.LlamaConfig(**facts, attn_implementation="sdpa", use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(settings.device, dtype).train()
+    heads = hf.permuted(settings.config)
+    with torch.no_grad():
+        for name, values in first_weights(settings.config):
+            turned = heads.get(hf.short(name))
+            target = model.get_parameter(hf.from_released(name))
+            target.copy_(values if turned is None else hf.permute(values, turned))
+    if settings.recompute:
+        model.gradient_checkpointing_enable()
+    call = torch.compile(model) if compiled else model
+
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        return call(input_ids=tokens, labels=labels, shift_labels=labels).loss
+
+    return plain_step(settings, model, loss_of, precision), f"transformers {transformers.__version__}"
+
+
+def litgpt_llama(settings: SimpleNamespace, stack: ExitStack, precision: str, compiled: bool):
+    """litgpt's GPT as a Llama, with its chunked cross-entropy."""
+    from importlib.metadata import version
+
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    config = settings.config
+    shape = Config(
+        n_layer=config.n_layers, n_head=config.n_heads, n_embd=config.dim, n_query_groups=config.kv_heads,
+        vocab_size=config.vocab_size, padded_vocab_size=config.vocab_size, block_size=config.max_seq_len,
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+        norm_eps=config.norm_eps, mlp_class_name="LLaMAMLP", intermediate_size=config.ffn_dim,
+        rope_base=int(config.rope_theta),
+    )  # fmt: skip
+    dtype = torch.bfloat16 if precision == "pure" else torch.float32
+    model = GPT(shape).to(settings.device, dtype)
+    fill_litgpt(model, settings.config)
+    call = torch.compile(model) if compiled else model
+
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        return chunked_cross_entropy(call(tokens), labels, chunk_size=0)
+
+    return plain_step(settings, model, loss_of, precision), f"litgpt {version('litgpt')}"
+
+
+_LITGPT = {
+    "tok_embeddings": "transformer.wte",
+    "norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attention.wo": "attn.proj",
+    "feed_forward.w1": "mlp.fc_1",
+    "feed_forward.w3": "mlp.fc_2",
+    "feed_forward.w2": "mlp.proj",
+    "attention_norm": "norm_1",
+    "ffn_norm": "norm_2",
+}
+
+
+@torch.no_grad()
+def fill_litgpt(model: nn.Module, config: ModelConfig) -> None:
+    """Our weights under litgpt's names; its query, key and value are one matrix."""
+    heads, kv_rows = hf.permuted(config), config.kv_heads * config.head_dim
+    rows = {"attention.wq": slice(0, config.dim)}
+    rows["attention.wk"] = slice(config.dim, config.dim + kv_rows)
+    rows["attention.wv"] = slice(config.dim + kv_rows, config.dim + 2 * kv_rows)
+    for name, values in first_weights(config):
+        short, layer = hf.short(name).removesuffix(".weight"), name.split(".")[1]
+        where = f"transformer.h.{layer}." if name.startswith("layers.") else ""
+        if short in rows:
+            turned = heads.get(hf.short(name))
+            values = values if turned is None else hf.permute(values, turned)
+            model.get_parameter(where + "attn.qkv.weight")[rows[short]] = values.to(model.lm_head.weight)
+        else:
+            model.get_parameter(f"{where}{_LITGPT[short]}.weight").copy_(values)
+
+
+def plain_step(settings: SimpleNamespace, model: nn.Module, loss_of: Callable, precision: str) -> Step:
+    """Forward, backward, clip and torch's fused AdamW in the dtype of the parameters."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
+    )
+
+    def step(tokens: Tensor, labels: Tensor) -> float:
+        amp = torch.autocast(settings.device.type, torch.bfloat16) if precision == "amp" else nullcontext()
+        with amp:
+            loss = loss_of(tokens, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def build(name: str, settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
+    """Of "ours", or LIBRARY-PRECISION[-compiled] such as transformers-amp-compiled."""
+    if name == "ours":
+        return ours(settings, stack)
+    library, precision, *compiled = name.split("-")
+    maker = {"transformers": transformers_llama, "litgpt": litgpt_llama}[library]
+    return maker(settings, stack, precision, bool(compiled))
+
+
+# ---- matrix products -------------------------------------------------------------------------------------
+
+
+def matmul_seconds(settings: SimpleNamespace) -> dict[str, float]:
+    """Seconds of a step's products alone, bf16, each shape by itself; and the best FLOP/s of a large one."""
+    config, n = settings.config, settings.batch * settings.seq
+    kv = config.kv_heads * config.head_dim
+    shapes = {  # (inputs, outputs): how many
+        (config.dim, config.dim): 2 * config.n_layers,
+        (config.dim, kv): 2 * config.n_layers,
+        (config.dim, config.ffn_dim): 2 * config.n_layers,
+        (config.ffn_dim, config.dim): config.n_layers,
+        (config.dim, config.vocab_size): 1,
+    }
+    seconds = flops = 0.0
+    for (inputs, outputs), count in shapes.items():
+        rows = min(n, 1024) if outputs == config.vocab_size else n  # never the whole logits, as in our loss
+        x, w = _random(settings, rows, inputs), _random(settings, outputs, inputs)
+        y = _random(settings, rows, outputs)
+        each = sum(
+            _time(settings, torch.mm, *pair) for pair in ((x, w.t()), (y, w), (y.t(), x))
+        )  # forward, gradient of the input, gradient of the weight
+        seconds += each * count * n / rows
+        flops += 6.0 * n * inputs * outputs * count
+    side = 2048 if settings.device.type == "cpu" else 8192
+    a, b = _random(settings, side, side), _random(settings, side, side)
+    large = 2.0 * side**3 / _time(settings, torch.mm, a, b.t())
+    return {"shapes_flops": flops / seconds, "large_flops": large}
+
+
+def _random(settings: SimpleNamespace, rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.bfloat16, device=settings.device)
+
+
+def _time(settings: SimpleNamespace, function: Callable, *arguments: Tensor) -> float:
+    """Median of a few calls."""
+    function(*arguments)
+    times = []
+    for _ in range(5):
+        settings.backend.synchronize()
+        started = time.perf_counter()
+        function(*arguments)
+        settings.backend.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[2]
+
+
+# ---- a contender's process -------------------------------------------------------------------------------
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        getattr(torch, device.type).reset_peak_memory_stats()
+
+
+def peak_gib(settings: SimpleNamespace) -> float:
+    """Since `reset_peak`: resident memory on a CPU, allocated memory on a device."""
+    if settings.device.type != "cpu":
+        return settings.backend.memory_gib()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def answer(facts: dict) -> None:
+    print("@" + json.dumps(facts), flush=True)
+
+
+def main() -> None:
+    name, values = sys.argv[1], json.loads(sys.argv[2])
+    config = ModelConfig(**values.pop("config"))
+    settings = SimpleNamespace(**values, config=config)
+    settings.backend = get_backend(settings.device)
+    settings.device = settings.backend.set_device(0)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(0, config.vocab_size, (settings.batch, settings.seq + 1), generator=generator)
+    drawn = drawn.to(settings.device)
+    tokens, labels = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    with ExitStack() as stack:
+        step, what = (None, "") if name == "matmul" else build(name, settings, stack)
+        answer({"what": what})
+        if step is not None and Path("/proc/self/clear_refs").exists():
+            reset_peak(settings.device)
+        for line in sys.stdin:
+            word, *count = line.split()
+            if word == "end":
+                break
+            if step is None:
+                answer(matmul_seconds(settings))
+                continue
+            losses, seconds, spent = [], [], []
+            for _ in range(int(count[0])):
+                settings.backend.synchronize()
+                started, cpu = time.perf_counter(), time.process_time()
+                losses.append(step(tokens, labels))
+                settings.backend.synchronize()
+                seconds.append(time.perf_counter() - started)
+                spent.append(time.process_time() - cpu)
+            facts = {"seconds": seconds, "cpu_seconds": spent, "losses": losses}
+            answer(facts | {"peak_gib": peak_gib(settings)})
+
+
+if __name__ == "__main__":
+    main()

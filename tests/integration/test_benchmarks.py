@@ -1,0 +1,53 @@
+"""The benchmarks run, small: these tests fail on errors, never on a figure."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HIDE_DEEPSPEED = "raise ImportError('hidden for this test')\n"
+
+
+def run(root, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=root, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SMALL = ("--preset", "small", "--rounds", "1", "--contenders", "ours")
+
+
+@pytest.mark.parametrize("deepspeed", [True, False], ids=["engine", "torch alone"])
+def test_a_step_beside_transformers(root, tmp_path, deepspeed):
+    names = ("transformers-fp32", "transformers-pure") if deepspeed else ()
+    if not deepspeed:
+        (tmp_path / "deepspeed.py").write_text(HIDE_DEEPSPEED)
+    paths = {} if deepspeed else {"PYTHONPATH": str(tmp_path)}
+    result = run(root, "benchmarks/train_step.py", *SMALL, *names, **paths)
+    assert not result["failed"]
+    assert ("torch alone" in result["contenders"]["ours"]["what"]) is not deepspeed
+    losses = [facts["first_loss"] for facts in result["contenders"].values()]
+    assert max(losses) - min(losses) < 0.02  # the same weights and tokens
+    assert result["matmul_peak_at_shapes_tflops"] > 0
+
+
+def test_a_contender_that_fails_is_named_and_the_others_are_measured(root):
+    result = run(root, "benchmarks/train_step.py", *SMALL, "nothing-amp")
+    assert "nothing" in result["failed"]["nothing-amp"]
+    assert result["contenders"]["ours"]["tokens_per_second"] > 0
+
+
+def test_one_at_a_time(root):
+    result = run(root, "benchmarks/train_step.py", *SMALL, "--one-at-a-time")
+    assert result["contenders"]["ours"]["peak_memory_gib"] > 0
+
+
+def test_traffic_of_two_ranks_is_the_formulas(root):
+    result = run(root, "benchmarks/traffic.py", "--ranks", "2")
+    assert result["counted"] == pytest.approx(result["formula"], rel=0.02)
