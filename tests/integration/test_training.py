@@ -17,6 +17,7 @@ from tests.integration.launch_helpers import environment
 from tests.integration.training_runs import (
     children,
     exact,
+    finish,
     make_project,
     metrics,
     start,
@@ -55,7 +56,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_75(project: Path) -> Non
     wait_for(lambda: (run / "metrics.jsonl").is_file() and metrics(project, "stopped"), process)
     (rank,) = children(process.pid)
     os.kill(rank, signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output = finish(process, 120)
     assert "exitcode  : 75" in output
     last = metrics(project, "stopped")[-1]["step"]
     latest = (run / "checkpoints" / "latest").read_text().strip()

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,20 +80,36 @@ def start(
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
         *program, "run.yaml", model, experiment, *overrides,
     ]  # fmt: skip
-    return subprocess.Popen(
+    # A file, not a pipe: nobody reads while the ranks run, and a full pipe would stop them.
+    output = tempfile.NamedTemporaryFile(mode="w+", encoding="utf-8", suffix=".log")  # noqa: SIM115
+    process = subprocess.Popen(
         command,
         cwd=project,
         env={**environment(project), "OMP_NUM_THREADS": "1", "AQUILA_FAULT": fault},
-        text=True,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
     )
+    process.printed = output
+    return process
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+    """Waits for the end and returns all that was printed; ends ranks that take too long."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        raise
+    process.printed.seek(0)
+    return process.printed.read()
 
 
 def train(project: Path, experiment: str, *overrides: str, **options: Any) -> tuple[int, str]:
     """The status of torchrun and all that was printed; options as in `start`."""
     process = start(project, experiment, *overrides, **options)
-    output, _ = process.communicate(timeout=300)
+    output = finish(process)
     return process.returncode, output
 
 
@@ -121,7 +138,7 @@ def wait_for(
     """Until `condition`; the process may end meanwhile only when `exits` says so."""
     end = time.monotonic() + seconds
     while not condition():
-        assert exits or process.poll() is None, process.communicate()[0]
+        assert exits or process.poll() is None, finish(process)
         assert time.monotonic() < end, "timed out"
         time.sleep(pause)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.integration.training_runs import children, exact, metrics, start, train, wait_for
+from tests.integration.training_runs import children, exact, finish, metrics, start, train, wait_for
 
 STEPS = 30
 OPTIONS = (
@@ -91,7 +91,7 @@ def terminated(project: Path, experiment: str, dice: random.Random) -> Outcome:
     ranks = children(process.pid)
     for rank in ranks:
         _send(rank, signal.SIGTERM)
-    process.communicate(timeout=120)
+    finish(process, 120)
     reached = last_step(project, experiment)
     outcome = run_again(project, experiment, "SIGTERM", reached)
     return outcome._replace(survived=outcome.survived and outcome.steps_lost == 0)
@@ -168,7 +168,7 @@ def full_disk(project: Path, experiment: str) -> Outcome:
 
 def _kill(process: subprocess.Popen, rank: int, number: int, project: Path, experiment: str) -> int:
     _send(rank, number)
-    process.communicate(timeout=120)
+    finish(process, 120)
     return last_step(project, experiment)
 
 

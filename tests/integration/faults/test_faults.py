@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.faults import scenarios
-from tests.integration.training_runs import children, make_project, metrics, start, train, wait_for
+from tests.integration.training_runs import children, finish, make_project, metrics, start, train, wait_for
 
 SHORT = ("train_iters=6", "eval_interval=0", "gradient_accumulation_steps=1")
 
@@ -106,7 +106,7 @@ def test_a_rank_that_does_not_even_answer_is_named(project: Path) -> None:
         wait_for(lambda: scenarios.last_step(project, "frozen") >= 2, process)
         frozen = children(process.pid)[1]
         os.kill(frozen, signal.SIGSTOP)
-        output, _ = process.communicate(timeout=90)
+        output = finish(process, 90)
     finally:
         process.kill()
     assert "rank 1, which does not even answer" in output
@@ -124,21 +124,25 @@ def test_a_clock_set_back_changes_nothing(project: Path) -> None:
     assert all(0 < record["step_seconds"] < 60 for record in metrics(project, "clock"))
 
 
-def test_two_runs_in_one_folder(project: Path) -> None:
+def test_two_runs_in_one_folder_and_a_save_on_request(project: Path) -> None:
     process = start(project, "twice", *SHORT[1:], "train_iters=100000", ranks=1)
-    wait_for(lambda: scenarios.last_step(project, "twice") >= 1, process)
-    _, output = train(project, "twice", *SHORT, ranks=1)
-    assert "is in use by process" in output
-    assert "exitcode  : 2" in output
-    assert process.poll() is None
-    (rank,) = children(process.pid)
-    os.kill(rank, signal.SIGUSR1)  # saves and goes on
-    folder = project / "checkpoints_out" / "twice" / "0" / "checkpoints"
-    wait_for(lambda: list(folder.glob("step-*")), process)
-    reached = scenarios.last_step(project, "twice")
-    wait_for(lambda: scenarios.last_step(project, "twice") > reached, process)
-    os.kill(rank, signal.SIGINT)
-    process.communicate(timeout=60)
+    try:
+        wait_for(lambda: scenarios.last_step(project, "twice") >= 1, process)
+        _, output = train(project, "twice", *SHORT, ranks=1)
+        assert "is in use by process" in output
+        assert "exitcode  : 2" in output
+        assert process.poll() is None
+        (rank,) = children(process.pid)
+        os.kill(rank, signal.SIGUSR1)  # saves and goes on
+        folder = project / "checkpoints_out" / "twice" / "0" / "checkpoints"
+        wait_for(lambda: list(folder.glob("step-*")), process)
+        reached = scenarios.last_step(project, "twice")
+        wait_for(lambda: scenarios.last_step(project, "twice") > reached, process)
+    finally:
+        for rank in children(process.pid):
+            os.kill(rank, signal.SIGINT)
+        output = finish(process, 60)
+    assert "exitcode  : 75" in output
     assert not list(folder.glob(".*partial"))
 
 
