@@ -4,8 +4,10 @@
 
 Each commit's files are unpacked into a temporary folder (HEAD defaults to the files as they stand here), and
 its own `train_step.py` runs, in turns: base, head, base, head. In every turn `ours` is measured against a
-yardstick that no commit changes, transformers' step in the same run, so that a busy moment of the machine
-cancels. Prints what slowed by more than the tolerance. Exit status: 0, or 1 with --strict when something
+yardstick that no commit changes, transformers' step in the same run, so that a busy moment cancels. On a
+machine that others use, look at the processor time, with --preset cpu and many rounds: the small preset in
+one round was seen to differ from itself by a factor of ten in wall time and a tenth in processor time.
+Prints what slowed by more than the tolerance. Exit status: 0, or 1 with --strict when something
 slowed. The last line is JSON.
 """
 
@@ -41,7 +43,7 @@ def unpack(commit: str, folder: Path) -> Path:
 def measure(folder: Path, options: argparse.Namespace) -> dict:
     """The last line of one run of that folder's benchmark."""
     command = [sys.executable, "benchmarks/train_step.py", "--preset", options.preset, "--rounds", "1"]
-    command += ["--steps", str(options.steps), "--contenders", "ours", options.yardstick]
+    command += ["--threads", "1", "--steps", str(options.steps), "--contenders", "ours", options.yardstick]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"compare: the benchmark of {folder} failed:\n{done.stderr[-2000:]}")
@@ -50,10 +52,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
 
 def figures(result: dict, yardstick: str) -> dict[str, float]:
     """What is compared; larger is worse. Step times count in steps of the yardstick."""
-    ours = result["contenders"]["ours"]
+    ours, theirs = result["contenders"]["ours"], result["contenders"][yardstick]
     return {
         "step": 1 / result["ratios"][yardstick],
-        "peak memory": ours["peak_memory_gib"] / result["contenders"][yardstick]["peak_memory_gib"],
+        "processor time": ours["cpu_seconds_a_step"] / theirs["cpu_seconds_a_step"],
+        "peak memory": ours["peak_memory_gib"] / theirs["peak_memory_gib"],
     }
 
 
