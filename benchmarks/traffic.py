@@ -105,13 +105,12 @@ def main() -> None:
     counted.pop("parameters")
     model = ModelConfig(**CONFIG)
     setup = Setup(options.ranks, 1, 32, gradient_accumulation_steps=options.accumulation)
-    share = 2 * model.parameter_count() * (options.ranks - 1) / options.ranks
-    formula, paper = (2 * options.accumulation + 1) * share, bytes_sent(model, setup)
+    formula = bytes_sent(model, setup)
     for name, value in counted.items():
         print(f"{name:24} {value / 1e6:9.3f} MB a rank")
     total = sum(counted.values())
-    print(f"counted {total / 1e6:.3f} MB, formula {formula / 1e6:.3f} MB, in the paper {paper / 1e6:.3f} MB")
-    facts = {"ranks": options.ranks, "counted": total, "formula": formula, "paper": paper, **counted}
+    print(f"counted {total / 1e6:.3f} MB, formula {formula / 1e6:.3f} MB")
+    facts = {"ranks": options.ranks, "counted": total, "formula": formula, **counted}
     print(json.dumps(facts))
 
 

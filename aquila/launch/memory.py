@@ -137,15 +137,19 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     owned = share if stage >= 1 else total
     # Averages over many micro steps are summed in fp32.
     gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
-    # fp32 master weights and Adam's two moments; the step casts the gradients to fp32.
+    # fp32 master weights and Adam's two moments; the step casts the gradients to fp32, and where
+    # training/lean.py does it, block after block.
     optimizer, step, host = 12 * owned, 4 * owned, 0.0
+    lean = stage in (1, 2) and b == 2 and not setup.offload
+    if lean:
+        step = 4 * min(owned, 1 << 19 if setup.lazy_buffers else 1 << 26)
     if setup.offload and stage >= 2:
         host, optimizer, step, gradients = optimizer + step + gradients, 0.0, 0.0, 0.0
     return {
         "parameters": b * (share + min(total, LIVE_PARAMETERS) if stage == 3 else total),
         "gradients": gradients,
         "optimizer": optimizer,
-        "buckets": b * _bucket_elements(total, setup),
+        "buckets": 0.0 if lean and setup.devices == 1 else b * _bucket_elements(total, setup),
         "step": step,
         "host": host,
     }
@@ -214,12 +218,13 @@ def bytes_sent(model: ModelConfig, setup: Setup) -> float:
     """Bytes that each device sends in one optimizer step (ZeRO, arXiv 1910.02054, section 7).
 
     With rings an all-reduce sends 2 P (N-1)/N elements, a reduce-scatter or an all-gather half of that.
-    Stage 0: one all-reduce; 1: reduce-scatter and all-gather; 2: the same with a reduce-scatter in every
-    micro step; 3: in every micro step two all-gathers and a reduce-scatter.
+    Stage 0: one all-reduce; 1: reduce-scatter and all-gather; 2: in every micro step an all-reduce, for
+    DeepSpeed reduces buckets that several ranks own in that way (counted: docs/scaling.md), and one
+    all-gather; 3: in every micro step two all-gathers and a reduce-scatter.
     """
     once = model.parameter_count() * setup.dtype_bytes * (setup.devices - 1) / setup.devices
     micro_steps = setup.gradient_accumulation_steps
-    return once * {0: 2, 1: 2, 2: micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
+    return once * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
 
 
 CPU_FIXED = 480 << 20

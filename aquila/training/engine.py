@@ -216,12 +216,12 @@ class Engine:
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
-        row = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values]
-        )
-        table = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
-        dist.all_gather_into_tensor(table, row)
-        return table.view(self.world_size, len(values)).t().tolist()
+        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        # As pairs of int32: every communication library sends those, and not every one fp64.
+        bits = row.view(torch.int32).to(self.device)
+        table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
+        dist.all_gather_into_tensor(table, bits)
+        return table.cpu().view(torch.float64).view(self.world_size, len(values)).t().tolist()
 
     def diverged_ranks(self) -> list[int]:
         """Ranks whose weights are not, bit for bit, the majority's; none under ZeRO-3, which divides them."""

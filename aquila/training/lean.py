@@ -78,8 +78,9 @@ class _LeanStep:
         for gradients in self.zero.averaged_gradients.values():
             for block, _ in blocks(gradients):
                 total += torch.linalg.vector_norm(block.double()).square()
+        total = total.float()  # as DeepSpeed sends it; not every communication library sums fp64
         dist.all_reduce(total, group=self.zero.dp_process_group)
-        return total.sqrt().float()
+        return total.sqrt()
 
     def _factor(self, norm: Tensor, scale: float) -> float:
         """What the gradients are multiplied by: unscaling and clipping, as DeepSpeed rounds them."""

@@ -91,10 +91,10 @@ def terminated(project: Path, experiment: str, dice: random.Random) -> Outcome:
     ranks = children(process.pid)
     for rank in ranks:
         _send(rank, signal.SIGTERM)
-    finish(process, 120)
+    stopped = "exitcode  : 75" in finish(process, 120)
     reached = last_step(project, experiment)
     outcome = run_again(project, experiment, "SIGTERM", reached)
-    return outcome._replace(survived=outcome.survived and outcome.steps_lost == 0)
+    return outcome._replace(survived=outcome.survived and stopped and outcome.steps_lost == 0)
 
 
 def damaged(
