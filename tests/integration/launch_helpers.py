@@ -106,19 +106,28 @@ def processes_of(project: Path) -> list[psutil.Process]:
         try:
             words = " ".join(process.cmdline())
             place = process.cwd()
+            ended = process.status() == psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
         mine = process.pid == os.getpid()
-        if not mine and process.status() != psutil.STATUS_ZOMBIE and str(project) in (words + " " + place):
+        if not mine and not ended and str(project) in (words + " " + place):
             found.append(process)
     return found
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing for one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def assert_nothing_left(project: Path, within: float = 15) -> None:
     deadline = time.monotonic() + within
     while (left := processes_of(project)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not left, [(process.pid, process.cmdline()) for process in left]
+    assert not left, [(process.pid, command_of(process)) for process in left]
 
 
 def wait_for(condition, timeout: float = 30, every: float = 0.1) -> Any:

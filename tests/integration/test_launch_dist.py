@@ -204,7 +204,8 @@ def test_ctrl_c_on_the_launcher(cluster: Cluster) -> None:
     process = cluster.start(cluster.request(**LONG))
     cluster.wait_for_step(3)
     for launcher in helpers.processes_of(cluster.project):
-        if "-c" in launcher.cmdline() and "aquila.launch.launcher" in " ".join(launcher.cmdline()):
+        words = helpers.command_of(launcher)
+        if "-c" in words and "aquila.launch.launcher" in " ".join(words):
             launcher.send_signal(2)
     process.communicate(timeout=30)
     assert process.returncode == 75

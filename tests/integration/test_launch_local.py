@@ -107,7 +107,7 @@ def test_a_killed_controller_takes_everything_with_it(project: Path) -> None:
     run_dir = helpers.wait_for(lambda: helpers.versions(project))[0]
     helpers.wait_for(lambda: len(helpers.steps(run_dir)) > 2)
     for found in helpers.processes_of(project):
-        if "aquila.launch.controller" in found.cmdline():
+        if "aquila.launch.controller" in helpers.command_of(found):
             found.kill()
     process.communicate(timeout=30)
     assert process.returncode == 1

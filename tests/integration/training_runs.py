@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.integration.launch_helpers import copy_project, environment
+from tests.integration.launch_helpers import command_of, copy_project, environment
 
 FAULT_RANK = Path(__file__).parent / "faults" / "fault_rank.py"
 MODEL = {
@@ -147,5 +147,5 @@ def children(pid: int) -> list[int]:
     return [
         child.pid
         for child in psutil.Process(pid).children()
-        if any("pretrain" in w or "fault_rank" in w for w in child.cmdline())
+        if any("pretrain" in w or "fault_rank" in w for w in command_of(child))
     ]
