@@ -298,4 +298,5 @@ def test_loading_peaks_at_little_more_than_the_weights(tmp_path, small_config, r
     )
     peak, weights = json.loads(done.stdout)
     assert weights > 200e6
-    assert peak < 1.1 * weights + 160e6  # torch's own code and buffers come in on first use
+    # Torch's own code and buffers come in on first use; a second copy of the weights would not fit in this.
+    assert peak < 1.1 * weights + 200e6
