@@ -274,6 +274,8 @@ from aquila.model import AquilaModel
 def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+import aquila.model.weights, safetensors.torch
+torch.randn(256, 256).to(torch.bfloat16).float().sum()  # torch's own code and buffers come in on first use
 before = status("VmRSS")
 model = AquilaModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 print(json.dumps([status("VmHWM") - before, 2 * model.parameter_count()]))
@@ -298,5 +300,4 @@ def test_loading_peaks_at_little_more_than_the_weights(tmp_path, small_config, r
     )
     peak, weights = json.loads(done.stdout)
     assert weights > 200e6
-    # Torch's own code and buffers come in on first use; a second copy of the weights would not fit in this.
-    assert peak < 1.1 * weights + 200e6
+    assert peak < 1.1 * weights + 160e6
