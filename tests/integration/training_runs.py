@@ -114,8 +114,10 @@ def train(project: Path, experiment: str, *overrides: str, **options: Any) -> tu
 
 
 def metrics(project: Path, experiment: str) -> list[dict]:
+    """The records so far; a reader may see the line that is just being written cut short."""
     path = project / "checkpoints_out" / experiment / "0" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def exact(records: list[dict]) -> list[dict]:

@@ -53,7 +53,8 @@ def run_again(project: Path, experiment: str, fault: str, reached: int) -> Outco
 
 def last_step(project: Path, experiment: str) -> int:
     path = project / "checkpoints_out" / experiment / "0" / "metrics.jsonl"
-    return metrics(project, experiment)[-1]["step"] if path.is_file() and path.read_text().strip() else 0
+    records = metrics(project, experiment) if path.is_file() else []
+    return records[-1]["step"] if records else 0
 
 
 def killed_at_random(project: Path, experiment: str, dice: random.Random) -> Outcome:

@@ -6,6 +6,7 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,12 +53,21 @@ def run(project: Path, arguments: argparse.Namespace) -> Iterator[Outcome]:
     ]
     for name, count, scenario in kinds:
         for number in range(count):
-            yield scenario(project, f"{name}-{number}", dice)
+            yield tried(scenario, project, f"{name}-{number}", dice)
     for what, harm in HARM.items():
         for number in range(arguments.damages):
-            yield scenarios.damaged(project, f"{what.replace(' ', '-')}-{number}", dice, harm, what)
+            name = f"{what.replace(' ', '-')}-{number}"
+            yield tried(scenarios.damaged, project, name, dice, harm, what)
     if os.geteuid() == 0:
-        yield scenarios.full_disk(project, "full-disk")
+        yield tried(scenarios.full_disk, project, "full-disk")
+
+
+def tried(scenario: Callable[..., Outcome], project: Path, experiment: str, *arguments: object) -> Outcome:
+    """The outcome; a scenario that itself breaks off is a fault not survived, and the rest goes on."""
+    try:
+        return scenario(project, experiment, *arguments)
+    except Exception:
+        return Outcome(f"{scenario.__name__} broke off", False, 0, traceback.format_exc())
 
 
 def print_table(outcomes: list[Outcome]) -> None:
