@@ -8,25 +8,35 @@ communication time by link speed. Exit status 0 when something fits, else 2.
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from aquila.config import ModelConfig, find_model_dir, load_model_config
 from aquila.errors import EXIT_USER_ERROR, UserError, run_command
 from aquila.launch.code import ROOT
-from aquila.launch.memory import ACCELERATOR_FIXED, GIB, Estimate, Setup, bytes_sent, estimate
+from aquila.launch.memory import (
+    ACCELERATOR_FIXED,
+    GIB,
+    Estimate,
+    Setup,
+    attention_of,
+    bytes_sent,
+    estimate,
+)
 
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "G": 10**9}
 LINKS = {"25 Gbit/s": 25, "100 Gbit/s": 100, "200 Gbit/s": 200, "400 Gbit/s": 400, "200 GB/s": 1600}
 """Gbit/s of the slowest link of the ring: Ethernet and InfiniBand between nodes, links within one."""
 FREE_SHARE = 0.06
 """Share of the memory that is left alone: allocators cannot use every gap."""
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 STAGES = ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True))
 HALF_SPEED_TOKENS = 512
 """Micro batches of so many tokens reach about half of a device's speed (a rule of thumb)."""
@@ -51,13 +61,13 @@ def main() -> int:
         seq_length=arguments.seq_length or model.max_seq_len,
         precision=arguments.precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        attention=arguments.attention,
+        attention=attention_of(arguments.attention, model, triangle=True),
         bucket=arguments.bucket,
         fixed=ACCELERATOR_FIXED,
     )
     if base.seq_length > model.max_seq_len:
         raise UserError(f"--seq-length {base.seq_length} is longer than max_seq_len {model.max_seq_len}")
-    choices = [best(model, replace(base, zero_stage=s, offload=o), memory) for s, o in STAGES]
+    choices = best_of_stages(model, base, memory)
     if arguments.json:
         print(json.dumps(as_json(model, choices, memory), indent=1))
     else:
@@ -73,7 +83,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=positive, help="default: the model's max_seq_len")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--gradient-accumulation-steps", type=positive, default=1)
-    parser.add_argument("--attention", choices=("fused", "triangle", "reference"), default="fused")
+    parser.add_argument(
+        "--attention", choices=("auto", "fused", "triangle", "reference"), default="auto",
+        help="auto: as on an NPU, the triangle where config.json has use_triangle_attn; else fused",
+    )  # fmt: skip
     parser.add_argument(
         "--bucket", type=float, default=1e8, help="reduce_bucket_size of deepspeed.json (default 1e8)"
     )
@@ -93,6 +106,20 @@ def parse_memory(text: str) -> float:
     if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
         raise UserError(f"--memory {text}: write a number and its unit, such as 64GB or 80GiB")
     return float(match[1]) * UNITS[match[2].upper()]
+
+
+def best_of_stages(model: ModelConfig, base: Setup, memory: float) -> list[Choice]:
+    return [best(model, replace(base, zero_stage=s, offload=o), memory) for s, o in STAGES]
+
+
+def enough_devices(model: ModelConfig, base: Setup, memory: float) -> int | None:
+    """The least power of two of devices on which something fits, None when their number is no help."""
+    for count in (2**power for power in range(15)):
+        if count > base.devices and any(
+            choice.fits for choice in best_of_stages(model, replace(base, devices=count), memory)
+        ):
+            return count
+    return None
 
 
 def best(model: ModelConfig, base: Setup, memory: float) -> Choice:
@@ -135,19 +162,22 @@ def paste(setup: Setup) -> str:
 
 def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) -> None:
     base = choices[0].setup
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(
+    known_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(highlight=False, width=None if known_width else 100)
+    print(
         f"{name}: {model.parameter_count():,} parameters, sequence {base.seq_length}, {base.precision}, "
         f"{base.devices} device(s) of {memory / 1e9:.1f} GB ({memory / GIB:.1f} GiB)"
     )
-    table = Table("GiB a device", *(stage_name(choice.setup) for choice in choices))
+    if base.attention == "triangle":
+        print("attention: triangle, as an NPU takes it for this config.json; elsewhere say --attention fused")
+    table = stage_table("GiB a device", choices)
     columns = [choice.estimate.rows() for choice in choices]
     for row in zip(*columns, strict=True):
         table.add_row(row[0][0], *(f"{value / GIB:.2f}" for _, value in row))
     table.add_section()
     table.add_row("peak", *(f"{choice.estimate.peak / GIB:.1f}" for choice in choices))
     table.add_row("at", *(choice.estimate.fullest for choice in choices))
-    table.add_row("on the host, each", *(f"{choice.estimate.host / GIB:.1f}" for choice in choices))
+    table.add_row("on the host", *(f"{choice.estimate.host / GIB:.1f}" for choice in choices))
     table.add_row("fits", *("yes" if choice.fits else "no" for choice in choices))
     table.add_row("batch_size", *(str(choice.setup.batch_size) for choice in choices))
     table.add_row("ckpoint_layer", *(str(choice.setup.checkpointed_layers) for choice in choices))
@@ -155,12 +185,7 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
     console.print(links_table(model, choices))
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
-        needed = min(choice.estimate.peak for choice in choices) / (1 - FREE_SHARE)
-        print(
-            f"nothing fits: the smallest set-up needs {needed / 1e9:.1f} GB a device; take more devices, "
-            "shorter sequences or larger devices",
-            file=sys.stderr,
-        )
+        print(nothing_fits(model, choices, memory), file=sys.stderr)
         return
     chosen = recommended(fitting, model)
     print(f"recommended ({stage_name(chosen.setup)}): {paste(chosen.setup)}")
@@ -168,20 +193,44 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
         print('and in deepspeed.json: "zero_optimization": {"offload_optimizer": {"device": "cpu"}}')
 
 
+def nothing_fits(model: ModelConfig, choices: list[Choice], memory: float) -> str:
+    smallest = min(choices, key=lambda choice: choice.estimate.peak)
+    needed = smallest.estimate.peak / (1 - FREE_SHARE) / 1e9
+    count = enough_devices(model, choices[0].setup, memory)
+    more = f"take {count} devices" if count else "more devices alone are no help: take larger ones"
+    return (
+        f"nothing fits: the smallest set-up ({stage_name(smallest.setup)}) needs {needed:.1f} GB a device; "
+        f"{more}, or shorter sequences (--seq-length)"
+    )
+
+
+def stage_table(title: str, choices: list[Choice]) -> Table:
+    """A table with a column per stage, narrow enough for a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    table.add_column(title, no_wrap=True)
+    for choice in choices:
+        table.add_column(stage_name(choice.setup).replace(" + ", "\n+ "), justify="right", width=9)
+    return table
+
+
 def recommended(fitting: list[Choice], model: ModelConfig) -> Choice:
-    """The fastest; among set-ups within a twentieth of it the first, which is the simplest."""
-    without = [choice for choice in fitting if not choice.setup.offload] or fitting
+    """The fastest; among set-ups within a twentieth of it the first, which is the simplest.
+
+    ZeRO-0 is there for comparison: `zero_stage` is 1 to 3, and where 0 fits, 1 fits.
+    """
+    known = [choice for choice in fitting if choice.setup.zero_stage > 0]
+    without = [choice for choice in known if not choice.setup.offload] or known
     top = max(speed(choice.setup, model.n_layers) for choice in without)
-    preferred = sorted(without, key=lambda c: {2: 0, 1: 1, 0: 2, 3: 3}[c.setup.zero_stage])
+    preferred = sorted(without, key=lambda c: {2: 0, 1: 1, 3: 2}[c.setup.zero_stage])
     return next(c for c in preferred if speed(c.setup, model.n_layers) >= 0.95 * top)
 
 
 def links_table(model: ModelConfig, choices: list[Choice]) -> Table:
-    table = Table("sent in a step", *(stage_name(choice.setup) for choice in choices))
+    table = stage_table("sent in a step", choices)
     sent = [bytes_sent(model, choice.setup) for choice in choices]
     table.add_row("GB a device", *(f"{value / 1e9:.1f}" for value in sent))
     for link, gigabits in LINKS.items():
-        table.add_row(f"seconds at {link}", *(f"{value * 8 / gigabits / 1e9:.2f}" for value in sent))
+        table.add_row(f"s at {link}", *(f"{value * 8 / gigabits / 1e9:.2f}" for value in sent))
     return table
 
 

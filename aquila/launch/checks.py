@@ -16,7 +16,7 @@ from aquila.launch.facts import existing_parent
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.memory import GIB, estimate, setup_of
 from aquila.launch.nodes import find_this_node
-from aquila.launch.probe import probe_devices, probe_weights
+from aquila.launch.probe import mismatches, probe_devices, probe_weights
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 
@@ -111,6 +111,8 @@ def _devices(checked: Checked, devices: dict[str, Any]) -> str:
             f"slots={checked.here.slots}, but it has {devices['count']} {unit} "
             f"({devices['device']}: {devices['name']}); write slots={devices['count']} or fewer"
         )
+    if problems := mismatches(devices):
+        raise UserError("\n  ".join(problems))
     return f"{devices['count']} {unit}, {devices['device']}: {devices['name']}"
 
 
@@ -128,7 +130,8 @@ def _memory(checked: Checked) -> str:
     nodes = [checked.here] if checked.here else checked.nodes
     on_cpu = devices["device"] == "cpu"
     share = devices["memory"] / (max(node.slots for node in nodes) if on_cpu else 1)
-    setup = setup_of(config, sum(node.slots for node in nodes), on_cpu)
+    slots = sum(node.slots for node in nodes)
+    setup = setup_of(config, slots, on_cpu, devices.get("triangle", False))
     needed = estimate(config.model, setup)
     text = f"about {needed.peak / GIB:.1f} GiB needed ({needed.fullest}), {share / GIB:.1f} GiB a rank"
     if needed.peak > share:

@@ -10,6 +10,7 @@ from aquila.launch.checks import Checked, Warned, check_room, checkpoint_bytes, 
 from aquila.launch.code import ROOT
 from aquila.launch.members import Member, Members
 from aquila.launch.nodes import is_this_node
+from aquila.launch.probe import mismatches
 
 CLOCK_TOLERANCE = 5.0
 CONNECT_TIMEOUT = 12.0
@@ -137,7 +138,12 @@ class Hosts:
         if not probed:
             raise Warned("not known: no host answered")
         first, reference = probed[0][0], _comparable(probed[0][1])
-        problems = []
+        problems = [
+            f"{m.host}: {text}"
+            for m, answer in probed
+            if not m.here
+            for text in mismatches(answer["devices"])
+        ]
         for member, answer in probed[1:]:
             mine = _comparable(answer)
             for key in sorted(reference.keys() | mine.keys()):

@@ -61,6 +61,8 @@ class Estimate:
     """From the reduction to the optimizer's step; with accumulation all the time."""
     buckets: float
     """Buffers of the reduction, during backward."""
+    first_buckets: float
+    """What they hold when backward begins: on a CPU what has been written, the output matrix's gradient."""
     activations: float
     working: float
     """What backward of one layer takes besides."""
@@ -83,9 +85,9 @@ class Estimate:
         acts = self.activations + self.loss_gradients
         return {
             "loss": always + acts + self.logits,
-            "start of backward": always + acts + self.working + self.buckets,
+            "start of backward": always + acts + self.working + self.first_buckets,
             "end of backward": always + new_gradients + self.buckets + self.embedding_gradient + self.working,
-            "optimizer step": always + new_gradients + self.step,
+            "optimizer": always + new_gradients + self.step,
         }
 
     @property
@@ -105,10 +107,10 @@ class Estimate:
             ("gradients", self.gradients),
             ("reduction buffers", self.buckets),
             ("activations", self.activations),
-            ("a layer's backward", self.working),
-            ("loss: gradients", self.loss_gradients),
-            ("loss: logits chunk", self.logits),
-            ("embedding gradient", self.embedding_gradient),
+            ("layer's backward", self.working),
+            ("loss gradients", self.loss_gradients),
+            ("logits chunk", self.logits),
+            ("embedding grad.", self.embedding_gradient),
             ("optimizer step", self.step),
             ("fixed", self.fixed),
         ]
@@ -135,6 +137,7 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     total, b, stage = model.parameter_count(), setup.dtype_bytes, setup.zero_stage
     share = total / setup.devices
     owned = share if stage >= 1 else total
+    buckets = _bucket_elements(total, setup)
     # Averages over many micro steps are summed in fp32.
     gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
     # fp32 master weights and Adam's two moments; the step casts the gradients to fp32, and where
@@ -149,7 +152,9 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
         "parameters": b * (share + min(total, LIVE_PARAMETERS) if stage == 3 else total),
         "gradients": gradients,
         "optimizer": optimizer,
-        "buckets": 0.0 if lean and setup.devices == 1 else b * _bucket_elements(total, setup),
+        "buckets": b * buckets,
+        "first_buckets": b
+        * (_bucket_elements(model.vocab_size * model.dim, setup) if setup.lazy_buffers else buckets),
         "step": step,
         "host": host,
     }
@@ -161,7 +166,8 @@ def _bucket_elements(total: int, setup: Setup) -> float:
     An accelerator holds the buffers whole; on a CPU only what has been written takes memory.
     """
     filled = min(setup.bucket, total)
-    if setup.zero_stage == 0:
+    one_rank = setup.devices == 1 and setup.zero_stage < 3 and setup.dtype_bytes == 2 and not setup.offload
+    if setup.zero_stage == 0 or one_rank:  # training/lean.py: nothing to reduce
         return 0.0
     if setup.zero_stage == 3:
         return 2 * filled if setup.lazy_buffers else setup.bucket + filled
@@ -183,12 +189,27 @@ def layer_activations(model: ModelConfig, setup: Setup) -> float:
     feed_forward = 4 * b * model.ffn_dim
     kept = tokens * (norms + attention + feed_forward)
     kept += setup.seq_length * 8 * model.head_dim  # cosines and sines of queries and keys
-    if setup.attention != "fused":
-        width = setup.seq_length
-        if setup.attention == "triangle":
-            width = (setup.seq_length + min(TRIANGLE_BLOCK, setup.seq_length)) / 2
-        kept += 2 * b * setup.batch_size * model.n_heads * setup.seq_length * width
-    return kept
+    return kept + _kept_scores(model, setup)
+
+
+def _kept_scores(model: ModelConfig, setup: Setup) -> float:
+    """What attention by blocks or in plain form keeps: probabilities, a mask for all heads, fp32 copies."""
+    if setup.attention == "fused":
+        return 0.0
+    triangle = setup.attention == "triangle"
+    width = setup.seq_length
+    if triangle:
+        width = (setup.seq_length + min(TRIANGLE_BLOCK, setup.seq_length)) / 2
+    # Softmax in fp32; the triangle of an NPU keeps it in the training dtype alone.
+    narrow = triangle and setup.fused_norms
+    per_score = (setup.dtype_bytes if narrow else 4) * model.n_heads
+    kept = setup.seq_length * width * (per_score * setup.batch_size + 1)
+    if narrow:
+        repeated = 2 * model.dim if model.kv_heads < model.n_heads else 0
+        return kept + setup.dtype_bytes * setup.tokens * repeated  # keys and values, for all heads
+    if setup.dtype_bytes == 4:
+        return kept
+    return kept + 4 * setup.tokens * 3 * model.dim  # queries, keys and values, in fp32 for all heads
 
 
 def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
@@ -227,13 +248,23 @@ def bytes_sent(model: ModelConfig, setup: Setup) -> float:
     return once * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
 
 
+def attention_of(asked: str, model: ModelConfig, triangle: bool) -> str:
+    """What is asked for; "auto" is the triangle where the model and the device (`triangle`) want it."""
+    if asked != "auto":
+        return asked
+    return "triangle" if triangle and model.use_triangle_attn else "fused"
+
+
 CPU_FIXED = 480 << 20
 ACCELERATOR_FIXED = 1 << 30
 """Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
 
 
-def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool) -> Setup:
-    """The set-up that a run's configuration asks for."""
+def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool, triangle: bool = False) -> Setup:
+    """The set-up that a run's configuration asks for.
+
+    triangle: whether "auto" attention is, on this device, the triangle for a model that wants it.
+    """
     run, model = config.run, config.model
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
@@ -250,7 +281,7 @@ def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool) -> Setup:
         offload=bool(offload),
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
-        attention="fused" if run.attention == "auto" else run.attention,
+        attention=attention_of(run.attention, model, triangle),
         fused_norms=not on_cpu,
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,

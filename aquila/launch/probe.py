@@ -47,10 +47,12 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "count": backend.device_count(),
     "name": backend.device_name(),
     "precisions": list(backend.supported_precisions()),
+    "triangle": backend.attention_kind("auto", True) == "triangle",
     "memory": total,
     "memory_free": free,
     "versions": versions,
     "toolkit": bool(toolkit),
+    "unseen": [str(path) for path in sorted(Path("/dev").glob("nvidia[0-9]*"))[:1]] if kind == "cpu" else [],
 }))
 """
 
@@ -77,13 +79,41 @@ print("\\nAQUILA-PROBE " + json.dumps(answer))
 def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     """This machine's devices and versions.
 
-    Keys: device (its type), count, name, precisions, memory and memory_free (bytes: of the first
-    accelerator, on a CPU machine of the whole machine), versions, toolkit (whether the accelerator's
-    software is set up in the environment, where it has to be).
+    Keys: device (its type), count, name, precisions, triangle (whether "auto" attention is the triangle here
+    for a model that wants it), memory and memory_free (bytes: of the first accelerator, on a CPU machine of
+    the whole machine), versions, toolkit (whether CANN is set up in the environment), unseen (device files
+    of accelerators that torch does not see).
 
     Raises `UserError` with Python's own error when torch or the device's library cannot be loaded.
     """
     return _ask(_PROBE, timeout, "looking for devices")
+
+
+def mismatches(facts: dict[str, Any]) -> list[str]:
+    """What does not go together in `probe_devices`'s answer, each with its remedy."""
+    versions, problems = facts.get("versions", {}), []
+    torch, vendor = versions.get("torch", ""), versions.get("torch_npu")
+    if vendor and _release(vendor) != _release(torch):
+        problems.append(
+            f"torch_npu {vendor} is made for torch {_release(vendor)}, but torch is {torch}; install the "
+            "pair (scripts/install.sh npu, or the vendor's image with both)"
+        )
+    if vendor and not facts.get("toolkit"):
+        problems.append(
+            "torch_npu is there, but CANN is not set up (ASCEND_HOME_PATH is empty); source its set_env.sh "
+            "in the login shell's profile"
+        )
+    if facts.get("unseen") and "cuda" in versions:
+        problems.append(
+            f"{', '.join(facts['unseen'])} is there, but torch sees no GPU; is the driver older than what "
+            f"CUDA {versions['cuda']} of this torch needs, or CUDA_VISIBLE_DEVICES empty?"
+        )
+    return problems
+
+
+def _release(version: str) -> str:
+    """'2.13.0.post1+cpu' to '2.13'."""
+    return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def probe_weights(model_dir: Path, timeout: float = 120.0) -> int:

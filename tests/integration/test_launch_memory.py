@@ -14,9 +14,18 @@ from aquila.launch.memory import GIB, estimate, setup_of
 
 MODEL = {"dim": 512, "n_layers": 8, "n_heads": 8, "multiple_of": 64, "vocab_size": 32000, "max_seq_len": 512}
 SETUPS = {
-    "ZeRO-2": ["batch_size=4"],
-    "ZeRO-2, all layers recomputed": ["batch_size=8", "ckpoint_layer=-1"],
-    "ZeRO-3, accumulation": ["batch_size=2", "zero_stage=3", "gradient_accumulation_steps=2"],
+    "ZeRO-1": ["precision=bf16", "batch_size=4", "zero_stage=1"],
+    "ZeRO-2": ["precision=bf16", "batch_size=4"],
+    "ZeRO-2, all layers recomputed": ["precision=bf16", "batch_size=8", "ckpoint_layer=-1"],
+    "ZeRO-2, accumulation": ["precision=bf16", "batch_size=2", "gradient_accumulation_steps=2"],
+    "ZeRO-2, fp32": ["precision=fp32", "batch_size=2"],
+    "ZeRO-2, plain attention": ["precision=bf16", "batch_size=4", "attention=reference"],
+    "ZeRO-3, accumulation": [
+        "precision=bf16",
+        "batch_size=2",
+        "zero_stage=3",
+        "gradient_accumulation_steps=2",
+    ],
 }
 
 
@@ -26,7 +35,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, 
     project = helpers.copy_project(tmp_path)
     helpers.add_tiny_model_and_data(project)
     (project / "checkpoints_in" / "tiny" / "config.json").write_text(json.dumps(MODEL))
-    words = ["train_iters=2", "precision=bf16", *SETUPS[name]]
+    words = ["train_iters=2", *SETUPS[name]]
     environment = {
         **helpers.environment(project),
         "OMP_NUM_THREADS": "1",

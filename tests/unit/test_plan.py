@@ -1,6 +1,7 @@
 """Protects: the plan's answers, that what it recommends fits by its own account, and its errors."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def test_what_is_recommended_fits(monkeypatch, capsys, model_dir: Path, devices:
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("recommended"))
     words = dict(word.split("=") for word in line.split(": ")[1].split())
-    assert words.keys() <= RunConfig.model_fields.keys()  # ready to paste
+    run = RunConfig.model_validate({"data_prefix": ["x"], **{k: int(v) for k, v in words.items()}})
+    assert run.zero_stage == int(words["zero_stage"])  # ready to paste
     setup = Setup(
         devices=devices, batch_size=int(words["batch_size"]), seq_length=2048, bucket=1e8, fixed=1 << 30,
         zero_stage=int(words["zero_stage"]), checkpointed_layers=int(words["ckpoint_layer"]),
@@ -63,7 +65,39 @@ def test_what_is_recommended_fits(monkeypatch, capsys, model_dir: Path, devices:
 
 def test_nothing_fits(monkeypatch, capsys, model_dir: Path) -> None:
     assert run_plan(monkeypatch, model_dir, "--devices", "1", "--memory", "8GB") == 2
-    assert "nothing fits: the smallest set-up needs" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "nothing fits: the smallest set-up (ZeRO-2 + offload) needs" in told
+    devices = re.search(r"take (\d+) devices", told)[1]
+    assert run_plan(monkeypatch, model_dir, "--devices", devices, "--memory", "8GB") == 0
+
+
+def test_no_number_of_devices_helps(monkeypatch, capsys, model_dir: Path) -> None:
+    assert run_plan(monkeypatch, model_dir, "--devices", "4", "--memory", "3GB") == 2
+    assert "more devices alone are no help" in capsys.readouterr().err
+
+
+def test_the_triangle_of_an_npu_is_counted(monkeypatch, capsys, model_dir: Path) -> None:
+    (model_dir / "config.json").write_text(
+        json.dumps({**SEVEN_B, "max_seq_len": 2048, "use_triangle_attn": True})
+    )
+    kept = []
+    for words in ([], ["--attention", "fused"]):
+        run_plan(monkeypatch, model_dir, "--devices", "8", "--memory", "64GB", "--json", *words)
+        choice = json.loads(capsys.readouterr().out)["choices"][2]
+        recomputed = choice["ckpoint_layer"]
+        kept.append(choice["parts"]["activations"] / choice["batch_size"] / (32 - recomputed))
+    assert kept[0] > 1.4 * kept[1]
+    run_plan(monkeypatch, model_dir, "--devices", "8", "--memory", "64GB")
+    assert "elsewhere say --attention fused" in capsys.readouterr().out
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, model_dir: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_plan(monkeypatch, model_dir, "--devices", "1024", "--memory", "64GB")
+    lines = capsys.readouterr().out.splitlines()
+    tables = lines[1:-1]
+    assert max(map(len, tables)) <= 80
+    assert not any("…" in line for line in tables)
 
 
 def test_a_sequence_beyond_the_model(monkeypatch, model_dir: Path) -> None:

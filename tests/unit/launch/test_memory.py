@@ -43,6 +43,36 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision: str, kv_heads
     assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["triangle", "reference"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: int) -> None:
+    config = MODEL.model_copy(update={"n_kv_heads": kv_heads, "max_seq_len": 1024})
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    layers = {
+        n: saved_bytes(
+            AquilaModel(config.model_copy(update={"n_layers": n}), dtype=dtype, attention=kind), 2, 1024
+        )
+        for n in (1, 2)
+    }
+    setup = Setup(
+        devices=1, batch_size=2, seq_length=1024, precision=precision, fused_norms=False, attention=kind
+    )
+    assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.05)
+
+
+def test_an_npu_s_triangle_counts_where_the_model_wants_it() -> None:
+    """There "auto" is the triangle, whose probabilities are kept: a third of Aquila-7B's activations."""
+    wants = SEVEN_B.model_copy(update={"use_triangle_attn": True})
+    assert memory.attention_of("auto", wants, triangle=True) == "triangle"
+    assert memory.attention_of("auto", wants, triangle=False) == "fused"
+    assert memory.attention_of("auto", SEVEN_B, triangle=True) == "fused"
+    assert memory.attention_of("fused", wants, triangle=True) == "fused"
+    setup = Setup(devices=8, batch_size=1, seq_length=2048, attention="triangle")
+    more = layer_activations(SEVEN_B, setup) - layer_activations(SEVEN_B, replace(setup, attention="fused"))
+    assert more == pytest.approx(2 * 32 * 2048 * (2048 + 512) / 2, rel=0.02)
+
+
 def test_the_loss_chunk_is_the_model_s() -> None:
     assert memory.CHUNK_BYTES.items() <= loss.CHUNK_BYTES.items()
     assert memory.MAX_ROUNDINGS == loss.MAX_ROUNDINGS
