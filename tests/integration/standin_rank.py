@@ -3,7 +3,7 @@
     standin_rank.py --version VERSION STEPS STEP_SECONDS EXP [rankN=WHAT ...] [key=value ...]
 
 Rank 0 writes metrics.jsonl. WHAT makes a rank misbehave at step 3: `raise`, `user` (exit status 2), `kill`
-(SIGKILL to itself), `hang`. SIGTERM saves a checkpoint and leaves with 75.
+(SIGKILL to itself), `hang`. SIGTERM saves a checkpoint and leaves with 75; `slow` takes 4 s for that.
 """
 
 import json
@@ -31,6 +31,9 @@ def main() -> int:
     for step in range(first + 1, steps + 1):
         time.sleep(seconds)
         if stop:
+            if behaviour.get(f"rank{rank}") == "slow":
+                wait(4)
+            print("saved", flush=True)
             return save(run_dir, step - 1, rank)
         if step == 3:
             misbehave(behaviour.get(f"rank{rank}"))
@@ -40,6 +43,13 @@ def main() -> int:
             if step == 2:
                 save(run_dir, step, rank)
     return 0
+
+
+def wait(seconds: float) -> None:
+    """Also where signals arrive meanwhile."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(left)
 
 
 def save(run_dir: Path, step: int, rank: int) -> int:

@@ -89,6 +89,23 @@ def test_ctrl_c_saves_and_stops_and_the_same_command_continues(project: Path) ->
     assert helpers.steps(run_dir) == list(range(1, reached + 4))
 
 
+def test_a_rank_that_has_saved_waits_for_one_that_is_saving(project: Path) -> None:
+    """torchrun would take status 75 of the first for a failure and end the other while it writes."""
+    process = helpers.start_launch(project, helpers.standin_request(overrides=["rank1=slow"], **WITH_STOP))
+    run_dir = helpers.wait_for(lambda: helpers.versions(project))[0]
+    helpers.wait_for(lambda: len(helpers.steps(run_dir)) > 3)
+    helpers.interrupt(process)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    records = [json.loads(path.read_text()) for path in sorted((run_dir / "launch" / "ranks").iterdir())]
+    assert [record["status"] for record in records] == [75, 75]
+    assert records[1]["time"] - records[0]["time"] > 3
+    for rank in (0, 1):
+        assert "saved" in (run_dir / "logs" / f"localhost-rank-000{rank}.log").read_text().splitlines()
+    assert "Sending process" not in (run_dir / "logs" / "localhost-torchrun.log").read_text()
+    helpers.assert_nothing_left(project)
+
+
 def test_a_second_ctrl_c_kills_ranks_that_do_not_answer(project: Path) -> None:
     request = helpers.standin_request(overrides=["rank1=hang"], **WITH_STOP)
     process = helpers.start_launch(project, request)

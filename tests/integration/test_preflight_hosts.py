@@ -86,6 +86,17 @@ def test_all_failures_at_once(cluster: Cluster) -> None:
     assert "10.77.0.2: slots=99" in rows["devices of hosts"][1]
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for another clock")
+@pytest.mark.parametrize(("shift", "state"), [(3, "pass"), (60, "fail"), (-60, "fail")])
+def test_a_clock_that_is_off(cluster: Cluster, shift: int, state: str) -> None:
+    cluster.net.hosts[1].shift_clock(shift)
+    status, rows = cluster.preflight()
+    assert (status, rows["clocks"][0]) == (2 if state == "fail" else 0, state), rows
+    if state == "fail":
+        assert f"10.77.0.2: its clock is {shift:+d} s from this machine's; set it" in rows["clocks"][1]
+        assert "10.77.0.3" not in rows["clocks"][1]
+
+
 def test_a_disk_that_is_not_shared_is_named(cluster: Cluster) -> None:
     output = cluster.project / "checkpoints_out"
     output.mkdir()
