@@ -329,6 +329,7 @@ def introduction() -> dict[str, Any]:
         "code": code_fingerprint(),
         "python": sys.version.split()[0],
         "host": socket.gethostname(),
+        "machine": machine_key(),
         "addresses": sorted(nodes.local_interfaces()),
         "reached_at": connection[2].split("%")[0] if len(connection) == 4 else None,
         "time": time.time(),

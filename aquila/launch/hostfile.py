@@ -19,13 +19,6 @@ class Node:
     line: int
 
     @property
-    def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        address = as_address(self.host)
-        return address is not None and address.is_loopback
-
-    @property
     def file_name(self) -> str:
         """The host as part of a file name (an IPv6 address has colons)."""
         return re.sub(r"[^A-Za-z0-9_.-]", "_", self.host)
@@ -60,7 +53,7 @@ def parse_hostfile(text: str, where: str) -> list[Node]:
     nodes: list[Node] = []
     problems: list[str] = []
     first_line: dict[object, int] = {}
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):  # as editors count lines
         line = raw.split("#", 1)[0].strip()
         if not line:
             continue

@@ -75,7 +75,24 @@ class Members:
             for member, event in self.next_events(0.1):
                 if event["event"] == "closed":
                     closed.add(member.index)
-        return list(filter(None, (self._greeting_problem(m, m.index in closed, timeout) for m in members)))
+        problems = [self._greeting_problem(m, m.index in closed, timeout) for m in members]
+        return [*filter(None, problems), *self._same_machines()]
+
+    def _same_machines(self) -> list[str]:
+        """Two lines of the hostfile that lead to one machine, under whatever names."""
+        first: dict[str, Member] = {}
+        problems = []
+        for member in self.all:
+            if not member.alive:
+                continue
+            known = first.setdefault(member.hello["machine"], member)
+            if known is not member:
+                member.lose(f"the same machine as {known.host}")
+                problems.append(
+                    f"{member.host} is the same machine as {known.host}; give it one line of the hostfile "
+                    "with all of its slots"
+                )
+        return problems
 
     def _greeting_problem(self, member: Member, closed: bool, timeout: float) -> str | None:
         if not member.alive:
@@ -165,7 +182,8 @@ class Members:
         """The address under which the other nodes reach this one."""
         if len(self.all) == 1:
             return "127.0.0.1"
-        if nodes.as_address(member.host):
+        spelt = nodes.as_address(member.host)
+        if spelt and not spelt.is_loopback:
             return member.host
         known = set(member.hello["addresses"])
         for found in nodes.resolve(member.host):
@@ -174,4 +192,4 @@ class Members:
         if member.hello["reached_at"]:
             return member.hello["reached_at"]
         other = next(m for m in self.all if m is not member)
-        return nodes.address_towards(other.host) or member.host
+        return nodes.address_towards(other.hello["reached_at"] or other.host) or member.host

@@ -65,12 +65,17 @@ def run(*words: str, check: bool = True) -> str:
 
 
 class Host:
-    """One namespace. `index` from 1; its address is 10.77.0.`index`."""
+    """One namespace. `index` from 1; its addresses are 10.77.0.`index` and fd77::`index`.
+
+    Its name is node-`index`, known to all hosts of the network, and to nobody else.
+    """
 
     def __init__(self, net: "Network", index: int) -> None:
         self.net, self.index = net, index
         self.name = f"{net.prefix}{index}"
         self.address = f"10.77.0.{index}"
+        self.address_v6 = f"fd77::{index:x}"
+        self.known_as = f"node-{index}"
         self.link = f"v{net.prefix}{index}"
         self.sshd: subprocess.Popen | None = None
         self.mounts: list[tuple[Path, Path]] = []
@@ -83,6 +88,12 @@ class Host:
         run("ip", "-n", self.name, "addr", "add", f"{self.address}/24", "dev", "eth0")
         run("ip", "-n", self.name, "link", "set", "eth0", "up")
         run("ip", "-n", self.name, "link", "set", "lo", "up")
+        v6 = (f"{self.address_v6}/64", "dev", "eth0", "nodad")
+        run("ip", "-n", self.name, "-6", "addr", "add", *v6, check=False)  # where the kernel has IPv6
+        etc = Path("/etc/netns") / self.name  # `ip netns exec` lays these files over /etc
+        etc.mkdir(parents=True)
+        names = "".join(f"{host.address} {host.known_as}\n" for host in self.net.hosts)
+        (etc / "hosts").write_text(Path("/etc/hosts").read_text() + names)
 
     def start_sshd(self) -> None:
         # `ip netns exec` gives a mount namespace as well: a disk of its own where the test wants one.
@@ -124,7 +135,7 @@ class Host:
             self.sshd.wait(5)
 
     def shift_clock(self, seconds: int) -> None:
-        """From now on its clock is that much ahead, for whatever its sshd starts: a library tells the time."""
+        """From now on its clock is that much ahead for what its sshd starts: a library tells the time."""
         library = self.net.folder / "clock.so"
         source = self.net.folder / "clock.c"
         source.write_text(_CLOCK)
@@ -178,6 +189,7 @@ class Network:
             with contextlib.suppress(Exception):
                 host.kill()
             run("ip", "netns", "del", host.name, check=False)
+            shutil.rmtree(f"/etc/netns/{host.name}", ignore_errors=True)
         run("ip", "netns", "del", self.bridge, check=False)
 
     def _write_keys(self) -> None:
@@ -194,7 +206,9 @@ class Network:
         )
         key = (folder / "host_key.pub").read_text().split()[:2]
         (folder / "known_hosts").write_text(
-            "".join(f"{host.address} {' '.join(key)}\n" for host in self.hosts)
+            "".join(
+                f"{host.address},{host.address_v6},{host.known_as} {' '.join(key)}\n" for host in self.hosts
+            )
         )
         (folder / "ssh_config").write_text(
             f"IdentityFile {folder}/user_key\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known_hosts\n"

@@ -31,10 +31,9 @@ class Cluster:
 
     def request(self, *, hosts: list[str] | None = None, slots: int = 1, **changes) -> dict:
         addresses = hosts or [host.address for host in self.net.hosts]
-        nodes = [
-            {"host": address, "slots": slots, "here": address == self.net.hosts[0].address}
-            for address in addresses
-        ]
+        first = self.net.hosts[0]
+        here = (first.address, first.address_v6, first.known_as, "localhost", "127.0.0.1")
+        nodes = [{"host": address, "slots": slots, "here": address in here} for address in addresses]
         return helpers.standin_request(nodes=nodes, **changes)
 
     def start(self, request: dict) -> subprocess.Popen:
@@ -94,6 +93,43 @@ def test_three_nodes_train_as_one_run(cluster: Cluster) -> None:
     cluster.assert_clear()
 
 
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        ("node-1", "node-2", "node-3"),
+        ("fd77::1", "fd77::2"),
+        ("10.77.0.1", "second"),
+        ("second", "10.77.0.1"),
+        ("localhost", "10.77.0.2"),
+        ("127.0.0.1", "10.77.0.2"),
+    ],
+    ids=["names", "IPv6", "alias of ssh's", "alias first", "localhost", "loopback"],
+)
+def test_hosts_by_name_by_ipv6_by_alias_and_this_one_as_localhost(
+    cluster: Cluster, hosts: tuple[str, ...]
+) -> None:
+    """`second` is known to the user's ssh configuration alone; it resolves nowhere."""
+    if hosts[0].startswith("fd77") and not Path("/proc/sys/net/ipv6").exists():
+        pytest.skip("the kernel has no IPv6")
+    path = cluster.net.folder / "ssh_config"
+    path.write_text(f"Host second\n  HostName 10.77.0.2\nHost *\n{path.read_text()}")
+    status, _, err = cluster.launch(cluster.request(hosts=list(hosts), steps=2))
+    assert status == 0, err
+    logs = cluster.run_dir() / "logs"
+    for rank, host in enumerate(hosts):
+        log = (logs / f"{host.replace(':', '_')}-rank-{rank:04d}.log").read_text()
+        assert f"rank {rank} of {len(hosts)} starts" in log
+    cluster.assert_clear()
+
+
+def test_one_machine_under_two_names_is_refused(cluster: Cluster) -> None:
+    status, _, err = cluster.launch(cluster.request(hosts=["10.77.0.1", "10.77.0.2", "node-2"]))
+    assert status == 2
+    assert "node-2 is the same machine as 10.77.0.2" in err
+    assert not (cluster.project / "checkpoints_out").exists()
+    cluster.assert_clear()
+
+
 def test_a_failure_on_one_node_is_shown_and_clears_every_node(cluster: Cluster) -> None:
     status, _, err = cluster.launch(cluster.request(overrides=["rank2=raise"], **LONG))
     assert status == 1
@@ -139,7 +175,7 @@ def test_wrong_key(cluster: Cluster) -> None:
 
 def test_an_unknown_host_key_is_refused(cluster: Cluster) -> None:
     known = cluster.net.folder / "known_hosts"
-    known.write_text("".join(line for line in known.open() if not line.startswith("10.77.0.3")))
+    known.write_text("".join(line for line in known.open() if not line.startswith("10.77.0.3,")))
     before = known.read_text()
     status, _, err = cluster.launch(cluster.request())
     assert status == 2

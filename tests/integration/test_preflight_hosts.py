@@ -73,6 +73,22 @@ def test_all_in_order(cluster: Cluster) -> None:
     assert after == [path for path in before if "__pycache__" not in path.parts]
 
 
+def test_a_host_that_swallows_everything_fails_the_trigger_in_under_15_seconds(cluster: Cluster) -> None:
+    """No refusal, no 'no route': packets to it go nowhere, and only time tells. All checks included."""
+    first = cluster.net.hosts[0].name
+    nobody = ("lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent")
+    namespaces.run("ip", "-n", first, "neigh", "replace", "10.77.0.3", *nobody)
+    started = time.monotonic()
+    done = cluster.command("bash", "scripts/dist_trigger_docker.sh", "hostfile", "tiny.yaml", "tiny", "exp")
+    took = time.monotonic() - started
+    print(f"{took:.1f} s")
+    assert done.returncode == 2
+    assert "10.77.0.3: cannot be reached over ssh" in done.stderr
+    assert "10.77.0.2" not in done.stderr
+    assert not (cluster.project / "checkpoints_out").exists()
+    assert took < 15
+
+
 def test_all_failures_at_once(cluster: Cluster) -> None:
     cluster.hostfile(slots=99)
     cluster.net.hosts[2].kill()

@@ -54,6 +54,11 @@ def test_a_host_stands_once(first: str, again: str) -> None:
         parse_hostfile(f"{first} slots=1\n{again} slots=1\n", "hosts")
 
 
+def test_lines_are_counted_as_editors_do() -> None:
+    with pytest.raises(UserError, match="hosts, line 3"):
+        parse_hostfile("# a form feed \f and a line separator \u2028\r\na slots=1\r\nb\r\n", "hosts")
+
+
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(UserError) as caught:
         parse_hostfile("a slots=0\nb\nc slots=1\n", "hosts")
