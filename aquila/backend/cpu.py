@@ -14,20 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquila.backend import common, few_rows, fused_loss, reference
-from aquila.backend.reference import TRIANGLE_BLOCK, swiglu
-
-__all__ = ["swiglu"]
+from aquila.backend import common, few_rows, fused_loss, passes, reference, tile_attention, weight_gradient
+from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "gloo"
 # Compiled blocks gave 4 to 6 % more tokens/s (dim 512, bf16, two cores) for 8 to 40 s of compiling.
 COMPILE_BLOCKS = False
-SAVED_IN_SELECTIVE = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,)
+SAVED_IN_SELECTIVE = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aquila.tile_attention.default,
+)
 OPTIMIZERS = ("torch",)
 
 attention_kind = common.fused_or_same
 step_linear = few_rows.linear
 prepare_weight = few_rows.huge_pages
+linear = weight_gradient.linear
+add_weight_gradient = weight_gradient.add
 
 
 def attention(
@@ -40,7 +43,7 @@ def attention(
     start: int = 0,
     block: int = TRIANGLE_BLOCK,
 ) -> Tensor:
-    """As `reference.attention`; "fused" is torch's flash attention for CPU."""
+    """As `reference.attention`; "fused" is flash attention on matrix tiles, or torch's."""
     return common.attention(
         q,
         k,
@@ -49,39 +52,33 @@ def attention(
         documents=documents,
         start=start,
         block=block,
-        fused=common.sdpa,
+        fused=_fused,
         triangle_block=reference.plain_attention,
     )
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
+    if tile_attention.takes(q, k, v):
+        return tile_attention.attention(q, k, v, documents, start)
+    return common.sdpa(q, k, v, documents=documents, start=start)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`."""
-    return reference.rms_norm(x, weight, eps)
+    """As `reference.rms_norm`, in one pass."""
+    y = passes.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps) if y is None else y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `reference.swiglu`, in one pass."""
+    y = passes.swiglu(gate, up)
+    return reference.swiglu(gate, up) if y is None else y
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `reference.rotary`, one complex product: a third of the time when nothing is fused."""
-    if torch.compiler.is_compiling():
-        return reference.rotary(x, cos, sin)
-    return _ComplexRotary.apply(x, torch.complex(cos, sin)[:, :, None])
-
-
-class _ComplexRotary(torch.autograd.Function):
-    """x (B, S, H, D) turned by complex units (1 or B, S, 1, D / 2); backward turns the gradient back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, units: Tensor) -> Tensor:
-        ctx.save_for_backward(units)
-        return _turn(x, units)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _turn(gradient, ctx.saved_tensors[0].conj()), None
-
-
-def _turn(x: Tensor, units: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(reference.wide(x).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * units).flatten(-2).to(x.dtype)
+    """As `reference.rotary`, in one pass."""
+    y = passes.rotary(x, cos, sin)
+    return reference.rotary(x, cos, sin) if y is None else y
 
 
 def cross_entropy_(
@@ -152,12 +149,13 @@ def synchronize() -> None:
 
 
 def kernels() -> dict[str, str]:
-    """What runs each operation on this device, in words."""
+    """What runs each operation on this device, in words: of bf16, where dtypes differ."""
+    row_wise = "compiled, in one pass" if passes.available() else "torch"
     return {
-        "attention": "torch SDPA (flash for CPU)",
-        "rms_norm": "torch",
-        "rotary": "torch",
-        "swiglu": "torch",
+        "attention": "flash on matrix tiles" if tile_attention.available() else "torch SDPA (flash for CPU)",
+        "rms_norm": row_wise,
+        "rotary": row_wise,
+        "swiglu": row_wise,
         "cross_entropy": "compiled, a row at a time" if fused_loss.available() else "blocked, in cache",
         "optimizer": "torch AdamW, fused",
     }

@@ -12,9 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquila.backend import common, reference
-from aquila.backend.reference import TRIANGLE_BLOCK, prepare_weight, rotary, step_linear, swiglu
+from aquila.backend.reference import (
+    TRIANGLE_BLOCK,
+    add_weight_gradient,
+    linear,
+    prepare_weight,
+    rotary,
+    step_linear,
+    swiglu,
+)
 
-__all__ = ["prepare_weight", "rotary", "step_linear", "swiglu"]
+__all__ = ["add_weight_gradient", "linear", "prepare_weight", "rotary", "step_linear", "swiglu"]
 
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True

@@ -5,40 +5,17 @@
 // row; x (m, k) and y (m, n) are fp32 or bf16. Any m, n, k.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include <vector>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
-#define TILES
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <vector>
-#endif
+#include "tiles.h"
 
 namespace {
 
 constexpr int ROWS = 8;        // x rows a pass over the weights serves
 constexpr int TILE_ROWS = 16;  // the same with matrix tiles
-
-struct bf16 {
-    uint16_t bits;
-    operator float() const {
-        uint32_t word = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &word, sizeof value);
-        return value;
-    }
-};
-
-inline void store(float* to, float value) { *to = value; }
-inline void store(bf16* to, float value) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    to->bits = value != value ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
 
 // A tile of SUMS dot products: R rows of w with M rows of x, R M = SUMS; out[r * M + m].
 constexpr int SUMS = 16;
@@ -142,20 +119,6 @@ void rows(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t n
 // For more than a few x rows the products of `tile` take longer than the memory; matrix tiles do not.
 // y^T = w x^T in tiles of 16 weights' rows by 32 k. x is packed once a call into pairs of k by x rows.
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-bool tiles_allowed() {
-    static const bool allowed = [] {
-        constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return syscall(SYS_arch_prctl, request, tile_data) == 0;
-    }();
-    return allowed;
-}
-
 inline const void* tile_rows(const bf16* w, int64_t k, bf16*, int64_t* stride) {
     *stride = 2 * k;
     return w;
@@ -177,9 +140,7 @@ void by_tiles(const bf16* x, const W* w, const float* scale, bf16* y, int64_t m,
     const uint32_t* pairs = packed.data();
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        for (int t = 0; t < 3; t++) config.rows[t] = 16, config.bytes[t] = 64;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         alignas(64) float out[16 * TILE_ROWS];
         alignas(64) bf16 buffer[16 * STEP];
 #pragma omp for schedule(static)
@@ -204,7 +165,6 @@ void by_tiles(const bf16* x, const W* w, const float* scale, bf16* y, int64_t m,
                     store(y + i * n + group * 16 + r, scale ? value * scale[group * 16 + r] : value);
                 }
         }
-        _tile_release();
     }
 }
 
@@ -240,11 +200,7 @@ void linear(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t
 
 // How many x rows a pass serves with matrix tiles; 0 where the machine has none.
 extern "C" int tile_rows() {
-#if defined(TILES)
     return tiles_allowed() ? TILE_ROWS : 0;
-#else
-    return 0;
-#endif
 }
 
 #define EXPORT(NAME, X, W)                                                                               \

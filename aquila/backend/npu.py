@@ -14,9 +14,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
-from aquila.backend.reference import TRIANGLE_BLOCK, prepare_weight, step_linear
+from aquila.backend.reference import (
+    TRIANGLE_BLOCK,
+    add_weight_gradient,
+    linear,
+    prepare_weight,
+    step_linear,
+)
 
-__all__ = ["prepare_weight", "step_linear"]
+__all__ = ["add_weight_gradient", "linear", "prepare_weight", "step_linear"]
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False

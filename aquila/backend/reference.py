@@ -153,6 +153,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T: x (..., K), weight (N, K), returns (..., N)."""
+    return torch.nn.functional.linear(x, weight)
+
+
+def add_weight_gradient(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
+    """out = beta out + slope^T x, in place: out (N, K), slope (T, N), x (T, K), beta 0 or 1."""
+    out.addmm_(slope.t(), x, beta=beta)
+
+
 def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x weight^T for the few rows of a generation step: x (n, K), weight (N, K), returns (n, N) of x's dtype.
 

@@ -31,8 +31,15 @@ class RMSNorm(nn.Module):
         return get_backend(x.device.type).rms_norm(x, self.weight, self.eps)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False, device="meta")
+class Linear(nn.Linear):
+    """x weight^T, by the device's product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return get_backend(x.device.type).linear(x, self.weight)
+
+
+def _linear(inputs: int, outputs: int) -> Linear:
+    return Linear(inputs, outputs, bias=False, device="meta")
 
 
 class Attention(nn.Module):

@@ -70,11 +70,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = mask * FP16_SCALE if half else mask / total
         ctx.rest = 1 / (total * FP16_SCALE) if half else None
         wants_hidden, wants_weight = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
-        grads = _Gradients(hidden, weight, chunk, wants_hidden, wants_weight)
+        grads = _Gradients(hidden, weight, chunk, wants_hidden, wants_weight, backend)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        held = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
-            logits = hidden[part] @ weight.t()
+            logits = torch.mm(hidden[part], weight.t(), out=held[: len(hidden[part])])
             losses = backend.cross_entropy_(
                 logits, labels[part], scale[part], z_loss, gradient=wants_hidden or wants_weight
             )
@@ -97,7 +98,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Gradients:
     """Gradients of hidden states (N, dim) and output matrix (V, dim), filled chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chunk: int, wants_hidden: bool, wants_weight: bool):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        chunk: int,
+        wants_hidden: bool,
+        wants_weight: bool,
+        backend: ModuleType,
+    ):
+        self.backend = backend
         self.hidden = torch.empty_like(hidden) if wants_hidden else None
         self.dtype = weight.dtype
         chunks = -(-hidden.shape[0] // chunk)
@@ -112,13 +122,12 @@ class _Gradients:
             torch.mm(logits_grad, weight, out=self.hidden[part])
         if self.weight is None:
             return
-        left = logits_grad.t()
         if self.weight.dtype == hidden.dtype:
-            self.weight.addmm_(left, hidden, beta=1 if self.started else 0)
+            self.backend.add_weight_gradient(self.weight, logits_grad, hidden, int(self.started))
         elif hidden.dtype == torch.float16:  # a sum over tokens may leave fp16's range
-            self.weight.addmm_(left.float(), hidden.float(), beta=1 if self.started else 0)
+            self.weight.addmm_(logits_grad.t().float(), hidden.float(), beta=int(self.started))
         else:
-            product = left @ hidden
+            product = logits_grad.t() @ hidden
             self.weight.add_(product) if self.started else self.weight.copy_(product)
         self.started = True
 

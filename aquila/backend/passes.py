@@ -1,0 +1,108 @@
+"""The CPU's norm, gate and rotary embedding as compiled passes (`passes.cpp`); None for other dtypes."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from aquila.backend import native
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def available() -> bool:
+    """Whether the compiled passes are there (compiling them at the first call)."""
+    return native.library("passes.cpp") is not None
+
+
+def _taken(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    alike = dtype in _NAMES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+    return alike and not torch.compiler.is_compiling() and available()
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | float) -> None:
+    kernel = getattr(native.library("passes.cpp"), f"{name}_{_NAMES[like.dtype]}")
+    kernel.restype = None
+    kernel(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _as_c(value: Tensor | int | float) -> ctypes._SimpleCData:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """As `reference.rms_norm`."""
+    return _Norm.apply(x, weight, eps) if _taken(x, weight) else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+        scale = torch.empty(rows, dtype=torch.float32)
+        _call("norm", x, x, weight, y, scale, rows, x.shape[-1], eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        _call("norm_backward", x, x, weight, scale, slope.contiguous(), dx, dweight, len(scale), x.shape[-1])
+        return dx, dweight, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
+    """As `reference.swiglu`; for backward it keeps its inputs alone."""
+    return _Gated.apply(gate, up) if _taken(gate, up) else None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _call("gated", gate, gate, up, y, gate.numel())
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _call("gated_backward", gate, gate, up, slope.contiguous(), dgate, dup, gate.numel())
+        return dgate, dup
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """As `reference.rotary`."""
+    return _Rotary.apply(x, cos.contiguous(), sin.contiguous()) if _taken(x) else None
+
+
+class _Rotary(torch.autograd.Function):
+    """Backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(slope, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    batch, positions, heads, dim = x.shape
+    step = positions * dim // 2 if cos.shape[0] > 1 else 0
+    _call("rotary", x, x, cos, sin, y, batch, positions, heads, dim // 2, step, direction)
+    return y

@@ -1,0 +1,173 @@
+// Products of bf16 matrices on the processor's matrix tiles (AMX), and the layouts that they take.
+//
+// A product's left operand is read as it lies in memory, row by row. Its right operand is packed: panels of 16
+// columns, in which two neighbours in k lie together, `[k / 2][16][2]`. Sums are in fp32.
+#pragma once
+
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <new>
+#endif
+
+#include "narrow.h"
+
+namespace {
+
+#if defined(TILES)
+bool tiles_allowed() {
+    static const bool allowed = [] {
+        constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    }();
+    return allowed;
+}
+
+// Tiles of 16 rows by 64 bytes, for as long as it lives, in the thread that made it.
+class Tiles {
+    struct alignas(64) Config {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+
+   public:
+    Tiles() {
+        Config config;
+        for (int t = 0; t < 8; t++) config.rows[t] = 16, config.bytes[t] = 64;
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+};
+
+// Memory on a cache line's border, not yet filled.
+template <class T>
+class Buffer {
+    T* data_;
+
+   public:
+    explicit Buffer(int64_t count) {
+        data_ = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+        if (!data_) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    operator T*() const { return data_; }
+};
+
+// c (m, n) = a (m, k) b (k, n), or += with `add`. m and n are multiples of 32, as is k; `panel` counts the
+// elements from one panel of b to the next.
+inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t panel, float* c, int64_t c_row,
+                     int64_t m, int64_t n, int64_t k, bool add) {
+    for (int64_t j = 0; j < n; j += 32) {
+        const bf16 *left = b + j / 16 * panel, *right = left + panel;
+        for (int64_t i = 0; i < m; i += 32) {
+            float *high = c + i * c_row + j, *low = high + 16 * c_row;
+            const bf16 *above = a + i * a_row, *below = above + 16 * a_row;
+            if (add) {
+                _tile_loadd(0, high, 4 * c_row);
+                _tile_loadd(1, high + 16, 4 * c_row);
+                _tile_loadd(2, low, 4 * c_row);
+                _tile_loadd(3, low + 16, 4 * c_row);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int64_t s = 0; s < k; s += 32) {
+                _tile_loadd(4, above + s, 2 * a_row);
+                _tile_loadd(6, left + 16 * s, 64);
+                _tile_loadd(7, right + 16 * s, 64);
+                _tile_loadd(5, below + s, 2 * a_row);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, high, 4 * c_row);
+            _tile_stored(1, high + 16, 4 * c_row);
+            _tile_stored(2, low, 4 * c_row);
+            _tile_stored(3, low + 16, 4 * c_row);
+        }
+    }
+}
+
+// 16 values of two rows, side by side: lane i is (above[i], below[i]).
+inline __m512i pairs(const bf16* above, const bf16* below) {
+    const __m512i low = above ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)above)) : __m512i{};
+    const __m512i high = below ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)below)) : __m512i{};
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// A 16 by 16 matrix of 32-bit values, turned over its diagonal.
+inline void turn(__m512i* v) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int h = 0; h < 2; h++) {
+            v[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
+            v[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
+        }
+    // Row i of each group of four holds, for its 128-bit parts p, column 4 p + i of the group's rows.
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88), b = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+// x (rows, columns) as a right operand, k = rows; rows up to `deep` are zeros. columns: a multiple of 16.
+inline void pack(const bf16* x, int64_t row, int64_t rows, int64_t columns, int64_t deep, bf16* out) {
+    for (int64_t c = 0; c < columns; c += 16)
+        for (int64_t r = 0; r < deep; r += 2) {
+            const bf16* at = x + r * row + c;
+            _mm512_store_si512(out + c * deep + 16 * r, pairs(r < rows ? at : nullptr, r + 1 < rows ? at + row : nullptr));
+        }
+}
+
+// The transpose of x (rows, columns) as a right operand, k = columns, rows up to `wide` zeros.
+// wide: a multiple of 16; columns: of 32.
+inline void pack_transposed(const bf16* x, int64_t row, int64_t rows, int64_t columns, int64_t wide, bf16* out) {
+    for (int64_t r = 0; r < wide; r += 16)
+        for (int64_t c = 0; c < columns; c += 32) {
+            __m512i v[16];
+            for (int i = 0; i < 16; i++) v[i] = r + i < rows ? _mm512_loadu_si512(x + (r + i) * row + c) : __m512i{};
+            turn(v);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(out + r * columns + (c + 2 * i) * 16, v[i]);
+        }
+}
+
+// The transpose of x (rows, columns), row by row: out (columns, out_row), rows up to `long_` zeros.
+// long_: a multiple of 32; columns: of 16.
+inline void transpose(const bf16* x, int64_t row, int64_t rows, int64_t columns, int64_t long_, bf16* out,
+                      int64_t out_row) {
+    for (int64_t r = 0; r < long_; r += 32)
+        for (int64_t c = 0; c < columns; c += 16) {
+            __m512i v[16];
+            for (int i = 0; i < 16; i++) {
+                const int64_t at = r + 2 * i;
+                v[i] = pairs(at < rows ? x + at * row + c : nullptr, at + 1 < rows ? x + (at + 1) * row + c : nullptr);
+            }
+            turn(v);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (c + i) * out_row + r, v[i]);
+        }
+}
+#else
+bool tiles_allowed() { return false; }
+#endif
+
+}  // namespace

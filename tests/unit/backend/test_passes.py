@@ -1,0 +1,120 @@
+"""The compiled passes equal the definition in fp64, forward and backward, whatever shapes and threads."""
+
+import pytest
+import torch
+
+from aquila.backend import passes, reference
+
+needs_passes = pytest.mark.skipif(not passes.available(), reason="no C++ compiler on this machine")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def check(function, definition, inputs, tolerance):
+    """Values and gradients of `function` against those of `definition` in fp64."""
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    got, wanted = function(*inputs), definition(*wide)
+    assert got.dtype == inputs[0].dtype
+    slope = draw(*got.shape, dtype=got.dtype, seed=9).detach()
+    results = [got, *torch.autograd.grad(got, inputs, slope)]
+    for ours, truth in zip(
+        results, [wanted, *torch.autograd.grad(wanted, wide, slope.double())], strict=True
+    ):
+        assert ours.shape == truth.shape
+        assert (ours.double() - truth).norm() <= tolerance * truth.norm() + 1e-9
+
+
+def tolerance(dtype):
+    return 5e-3 if dtype == torch.bfloat16 else 5e-7
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 7, 32), (70, 100), (2, 33, 512)])
+def test_norm(dtype, shape):
+    inputs = draw(*shape, dtype=dtype), draw(shape[-1], dtype=dtype, seed=1)
+    check(
+        lambda x, w: passes.rms_norm(x, w, 1e-5),
+        lambda x, w: reference.rms_norm(x, w, 1e-5),
+        inputs,
+        tolerance(dtype),
+    )
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 33), (2, 100, 200)])
+def test_gate(dtype, shape):
+    inputs = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    check(passes.swiglu, reference.swiglu, inputs, tolerance(dtype))
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_at_the_ends(dtype):
+    gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 1e4], dtype=dtype, requires_grad=True)
+    got = passes.swiglu(gate, torch.ones_like(gate))
+    assert torch.equal(got[3:], gate[3:])
+    assert (got[:3].abs() < 1e-30).all()
+    (slope,) = torch.autograd.grad(got.sum(), gate)
+    assert torch.allclose(slope.float(), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("half", [1, 5, 32])
+def test_rotary(dtype, rows, half):
+    angles = torch.randn(rows, 9, half, generator=torch.Generator().manual_seed(2))
+    cos, sin = angles.cos(), angles.sin()
+    check(
+        lambda x: passes.rotary(x, cos, sin),
+        lambda x: reference.rotary(x, cos.double(), sin.double()),
+        [draw(2, 9, 3, 2 * half, dtype=dtype)],
+        tolerance(dtype),
+    )
+
+
+@needs_passes
+def test_inputs_that_do_not_lie_dense():
+    x = draw(6, 32, dtype=torch.float32).detach()
+    apart = torch.stack((x, -x), dim=1)[:, 0]
+    weight = torch.ones(32)
+    assert torch.equal(passes.rms_norm(apart, weight, 1e-5), passes.rms_norm(x, weight, 1e-5))
+    assert torch.equal(passes.swiglu(apart, apart), passes.swiglu(x, x))
+    heads = x.view(1, 6, 2, 16).transpose(1, 2)
+    cos = torch.ones(1, 2, 8)
+    assert torch.equal(passes.rotary(heads, cos, 0 * cos), heads)
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_bit(dtype):
+    x, weight, slope = draw(100, 64, dtype=dtype), draw(64, dtype=dtype), draw(100, 64, dtype=dtype, seed=3)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = passes.rms_norm(x, weight, 1e-5)
+            results.append((y, *torch.autograd.grad(y, (x, weight), slope)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_passes
+def test_a_nan_is_not_hidden():
+    x = torch.ones(2, 32)
+    x[1, 3] = float("nan")
+    assert passes.rms_norm(x, torch.ones(32), 1e-5).isnan().sum() == 32
+    assert passes.swiglu(x, x).isnan().sum() == 1
+
+
+def test_other_dtypes_are_left_to_the_definition():
+    x = torch.ones(2, 32, dtype=torch.float64)
+    assert passes.rms_norm(x, x[0], 1e-5) is None
+    assert passes.swiglu(x, x) is None
