@@ -4,6 +4,8 @@
 saved (`EX_TEMPFAIL` of sysexits.h: run the same command again).
 """
 
+import contextlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -28,4 +30,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has left: `... | head`
         sys.stderr.close()
         status = EXIT_FAILURE
+    except KeyboardInterrupt:
+        # Without a traceback, and by the signal itself, so that a shell's loop around the command ends, too.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status or 0)

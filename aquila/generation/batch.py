@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from aquila.errors import UserError
 from aquila.generation.screen import write
 from aquila.generation.session import Session
+from aquila.generation.text import Answer
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -46,7 +48,7 @@ def run_prompts(session: Session, prompts: list[str], samples: int, as_json: boo
         for piece, _ in session.answer(prompts[0]):
             write(piece)
         write("\n")
-        _explain_end(session)
+        explain_end(session.last, session)
         return 0
     total = len(prompts) * samples
     for number, answer in enumerate(session.answers(prompts, samples), 1):
@@ -55,15 +57,16 @@ def run_prompts(session: Session, prompts: list[str], samples: int, as_json: boo
         else:
             title = answer.prompt.replace("\n", " ")[:60]
             write(f"[{number}/{total}] {title}\n{answer.text}\n\n")
+            explain_end(answer, session, f"[{number}/{total}] ")
     return 0
 
 
-def _explain_end(session: Session) -> None:
-    if session.last is not None and session.last.finish_reason == "context":
-        print(context_full(session), file=sys.stderr)
-
-
-def context_full(session: Session) -> str:
-    """Why an answer ended at the end of the context, and what to do."""
-    size = session.loaded.model.config.max_seq_len
-    return f"(the context of {size} tokens is full; --sliding lets it slide)"
+def explain_end(answer: Answer | None, session: Session, which: str = "", file: TextIO | None = None) -> None:
+    """Says on `file` (default: standard error) when an answer ended because the context is full."""
+    if answer is not None and answer.finish_reason == "context":
+        size = session.loaded.model.config.max_seq_len
+        print(
+            f"{which}(the context of {size} tokens is full; --sliding lets it slide)",
+            file=file or sys.stderr,
+            flush=True,
+        )

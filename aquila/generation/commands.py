@@ -21,7 +21,8 @@ _KINDS = {
 HELP = f"""\
 Type a text and press Enter: the model goes on with it.
   Alt-Enter        a new line within the text (pasted text keeps its lines)
-  Up, Down         earlier texts
+  Up, Down         earlier texts; Ctrl-R searches in them
+  Tab              completes a command
   Ctrl-C           stops the answer; at the prompt it empties the line
   Ctrl-D, {", ".join(LEAVE)}   leave
   /set             the settings; /set NAME VALUE changes one: {", ".join(SETTINGS)}
@@ -49,9 +50,11 @@ def run_command_line(session: Session, line: str) -> str:
         name, *arguments = shlex.split(line[1:])
     except ValueError as error:
         raise UserError(f"{line}: {error}") from None
-    if name not in COMMANDS:
-        raise UserError(f"no command /{name}{nearest(name, list(COMMANDS))}; /help lists them")
-    return COMMANDS[name](session, arguments)
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        hint = nearest(name.lower(), list(COMMANDS)) or "; /help lists them"
+        raise UserError(f"no command /{name}{hint}")
+    return command(session, arguments)
 
 
 def _help(session: Session, arguments: list[str]) -> str:
@@ -60,9 +63,9 @@ def _help(session: Session, arguments: list[str]) -> str:
 
 def _set(session: Session, arguments: list[str]) -> str:
     if arguments:
-        name = arguments[0].lstrip("-").replace("-", "_")
+        name = arguments[0].lstrip("-").replace("-", "_").lower()
         if name not in SETTINGS:
-            raise UserError(f"no setting '{name}'{nearest(name, list(SETTINGS))}; /set lists them")
+            raise UserError(f"no setting '{name}'{nearest(name, list(SETTINGS)) or '; /set lists them'}")
         session.set(name, _value(name, arguments[1:]))
         return f"{name} = {_show(session, name)}\n"
     return "".join(f"  {name:19} {_show(session, name)}\n" for name in SETTINGS)
@@ -122,3 +125,5 @@ def more_prompt(session: Session) -> str:
 
 
 COMMANDS = {"help": _help, "set": _set, "seed": _seed, "stats": _stats, "clear": _clear, "more": None}
+COMPLETIONS = [f"/{name}" for name in COMMANDS] + [f"/set {name} " for name in SETTINGS]
+"""What Tab completes a line to."""

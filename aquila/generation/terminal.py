@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aquila.errors import UserError
-from aquila.generation.batch import context_full
-from aquila.generation.commands import is_command, leaves, more_prompt, run_command_line
+from aquila.generation.batch import explain_end
+from aquila.generation.commands import COMPLETIONS, is_command, leaves, more_prompt, run_command_line
 from aquila.generation.screen import write
 from aquila.generation.session import Session
 
@@ -33,8 +33,10 @@ def converse_by_lines(session: Session, as_json: bool) -> int:
 def converse(session: Session, as_json: bool = False) -> int:
     """A conversation at the terminal."""
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.shortcuts import CompleteStyle
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
@@ -42,6 +44,9 @@ def converse(session: Session, as_json: bool = False) -> int:
     prompt = PromptSession(
         history=FileHistory(str(history)) if history else InMemoryHistory(),
         key_bindings=keys,
+        completer=WordCompleter(COMPLETIONS, sentence=True),
+        complete_style=CompleteStyle.READLINE_LIKE,
+        complete_while_typing=False,
         prompt_continuation="  ",
         enable_suspend=True,
     )
@@ -69,7 +74,7 @@ def _take(session: Session, line: str, as_json: bool, interactive: bool) -> None
     if not line.strip():
         return
     if is_command(line):
-        if line.split()[0] != "/more":
+        if line.split()[0].lower() != "/more":
             shown = run_command_line(session, line)
             # What a command says is no answer: from a pipe it goes where messages go.
             (sys.stdout if interactive else sys.stderr).write(shown)
@@ -80,10 +85,17 @@ def _take(session: Session, line: str, as_json: bool, interactive: bool) -> None
             pass
         print(json.dumps(session.last.as_dict(), ensure_ascii=False), flush=True)
         return
-    _stream(session, line, interactive)
+    if interactive:
+        _stream(session, line)
+        return
+    for piece, _ in session.answer(line):  # Ctrl-C ends the program: nobody is there to go on
+        write(piece)
+    write("\n")
+    explain_end(session.last, session)
 
 
-def _stream(session: Session, prompt: str, interactive: bool) -> None:
+def _stream(session: Session, prompt: str) -> None:
+    """An answer at the terminal, piece by piece; Ctrl-C stops it alone."""
     stream = session.answer(prompt)
     interrupted = False
     with contextlib.closing(stream), _interrupt() as asked:
@@ -97,11 +109,9 @@ def _stream(session: Session, prompt: str, interactive: bool) -> None:
             interrupted = True
     write("\n")
     if interrupted:
-        if session.last is not None and session.last.finish_reason is None:
-            session.last.finish_reason = "interrupted"
         write("(stopped)\n")
-    elif interactive and session.last is not None and session.last.finish_reason == "context":
-        write(context_full(session) + "\n")
+    else:
+        explain_end(session.last, session, file=sys.stdout)
 
 
 @contextlib.contextmanager

@@ -136,5 +136,7 @@ def stream_answers(
                 decoder.drop(sequence)
             yield index, piece, writer.answer
     finally:
-        for sequence in writers:
+        for sequence, (_, writer) in writers.items():
             decoder.drop(sequence)
+            if writer.answer.finish_reason is None:
+                writer.end("interrupted")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -101,12 +102,34 @@ def test_a_long_line_is_refused_or_slides(run):
 
 
 def test_full_context_is_said(run):
-    # Prompt and answer share 128 places.
-    out, messages = run("--prompt", "a" * 20, "--max-new-tokens", 500, "--temperature", 0, "--seed", 0)
-    assert "--sliding" in messages or len(out) > 0
-    answer = json.loads(run("--prompt", "a" * 20, "--max-new-tokens", 500, "--temperature", 0, "--json")[0])
-    if answer["finish_reason"] == "context":
-        assert answer["prompt_tokens"] + answer["new_tokens"] == 128
+    settings = ("--max-new-tokens", 500, "--temperature", 2, "--seed", 1)
+    answer = json.loads(run("--prompt", "one", *settings, "--json")[0])
+    assert answer["finish_reason"] == "context", "another seed, with no end token in its first 128 tokens"
+    assert answer["prompt_tokens"] + answer["new_tokens"] == 128
+    said = "(the context of 128 tokens is full; --sliding lets it slide)"
+    assert said in run("--prompt", "one", *settings)[1]
+    assert said in run(*settings, stdin="one\n")[1]
+    assert f"[2/2] {said}" in run("--prompt", "one", *settings[:-1], 0, "--num-samples", 2)[1]
+
+
+@pytest.mark.parametrize("stdin", ["one\ntwo\nthree\n", None])
+def test_ctrl_c_ends_the_program_by_the_signal_and_without_a_traceback(root, tmp_path, stdin):
+    """Also where lines are still to come from a pipe."""
+    folder = write_model_dir(tmp_path, root, max_seq_len=32768)
+    command = [
+        sys.executable, str(root / "generate.py"), "--model-dir", str(folder), "--sliding",
+        "--max-new-tokens", "1000000000", "--temperature", "0", *([] if stdin else ["--prompt", "go on"]),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, env=environment, cwd=root) as process:
+        process.stdin.write((stdin or "").encode())
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, messages = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert b"Traceback" not in messages
 
 
 def test_stop_string(run):

@@ -114,6 +114,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     terminal.expect_exact("(stopped)")
     wait_for_prompt(terminal)
     assert 0 < stats(terminal)["new"] < 30000
+    shown = answer_to(terminal, "/stats").split(" in ")[1]
+    time.sleep(1)
+    assert answer_to(terminal, "/stats").split(" in ")[1] == shown, (
+        "the answer has ended; so have its figures"
+    )
+    assert "interrupted" in shown
     # Nor does it at the prompt, where it empties the line.
     terminal.send("half a line")
     time.sleep(0.3)
@@ -159,6 +165,15 @@ def test_what_is_typed_during_an_answer_is_the_next_prompt(terminal):
     time.sleep(0.2)
     terminal.send("/set top_k 17\r")
     terminal.expect_exact("top_k = 17")
+    wait_for_prompt(terminal)
+
+
+def test_tab_completes_commands_and_settings(terminal):
+    assert "top_p = 0.5" in answer_to(terminal, "/set top_p\t 0.5")
+    assert "max_new_tokens = 9" in answer_to(terminal, "/set max\t9")
+    terminal.send("/he\t")
+    terminal.expect_exact("/help")
+    terminal.sendintr()
     wait_for_prompt(terminal)
 
 

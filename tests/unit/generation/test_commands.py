@@ -39,6 +39,7 @@ def test_every_command_is_in_the_help():
     [
         ("/set temperature 0.7", "temperature", 0.7),
         ("/set top-k 5", "top_k", 5),
+        ("/SET Top_K 5", "top_k", 5),
         ("/set --max-new-tokens 9", "max_new_tokens", 9),
         ("/set repetition_penalty 1.2", "repetition_penalty", 1.2),
         ('/set stop "end of" "\\n"', "stop", ("end of", "\n")),
