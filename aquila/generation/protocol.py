@@ -107,7 +107,8 @@ def parse(body: bytes) -> CompletionRequest:
     except ValidationError as error:
         raise _explained(error.errors()[0]) from None
     for name in _NOT_HERE:
-        if getattr(request, name):
+        value = getattr(request, name)
+        if value or (name == "logprobs" and value is not None):  # 0 asks for the tokens' own
             raise RequestError(f"{name} is not offered here; leave it out", name)
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise RequestError("best_of other than n is not offered here; leave it out", "best_of")

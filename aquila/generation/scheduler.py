@@ -39,7 +39,8 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Queues a job. Raises `BusyError` when more would wait than may."""
         with self._changed:
-            if len(self._running) + len(self._waiting) + len(job.writers) > self.capacity:
+            asked = len(self._running) + len(self._waiting) + len(job.writers)
+            if self._closing or asked > self.capacity:
                 raise BusyError
             self._waiting.extend((job, index) for index in range(len(job.writers)))
             self._changed.notify()
@@ -51,7 +52,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread after the step in hand."""
+        """Ends the thread after the step in hand, and every open answer with an error that says so."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -68,7 +69,7 @@ class Scheduler:
                 while not (self._closing or self._waiting or self._running or self._cancelled):
                     self._changed.wait()
                 if self._closing:
-                    return
+                    break
                 self._drop_cancelled()
                 entering = self._enter()
             try:
@@ -79,6 +80,7 @@ class Scheduler:
                 continue
             for sequence, token in events:
                 self._pass_on(sequence, token)
+        self._end_all([*self._running.values(), *self._waiting], "the endpoint is shutting down")
 
     def _enter(self) -> list[Sequence]:
         entering = []
@@ -116,6 +118,9 @@ class Scheduler:
         """Ends all running answers with an error, and starts anew with an empty cache."""
         with self._changed:
             failed, self._running = list(self._running.values()), {}
-        for job, index in failed:
-            job.emit(index, f"{type(error).__name__}: {error}", "error")
+        self._end_all(failed, f"{type(error).__name__}: {error}")
         self.decoder = self._make_decoder()
+
+    def _end_all(self, answers: list[tuple[Job, int]], message: str) -> None:
+        for job, index in answers:
+            job.emit(index, message, "error")

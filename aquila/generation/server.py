@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -19,10 +20,15 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise UserError(
         f"--serve needs FastAPI and uvicorn ({error.name} is missing): run `pip install fastapi uvicorn`"
     ) from None
+
+
+GRACE_SECONDS = 5
+"""How long answers that are open at the end may take."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,26 @@ def serve(session: Session, limits: Limits, listener: socket.socket) -> int:
         print("warning: whoever reaches this address may use the model; there are no keys", file=sys.stderr)
     app = make_app(session, limits)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5
+        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=2 * GRACE_SECONDS
     )
+    # uvicorn ends in good order, then raises the signal again: that, too, is an end as asked for.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(settings).run(sockets=[listener])
+        _Server(settings).run(sockets=[listener])
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Told to end, it lets open answers run on for a while, then ends them with a message."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(GRACE_SECONDS)
+        await asyncio.to_thread(self.config.app.state.scheduler.close)
 
 
 def listen(limits: Limits) -> socket.socket:
@@ -92,6 +113,10 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(error.content, status_code=error.status)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # gone before its request was whole: nobody reads this
 
     @app.exception_handler(404)
     async def unknown_path(request: Request, error: Exception) -> JSONResponse:

@@ -1,5 +1,6 @@
 """The endpoint, by the official `openai` client and by raw requests, against a real process."""
 
+import contextlib
 import json
 import os
 import re
@@ -27,8 +28,9 @@ def model_dir(tmp_path_factory, root):
     return write_model_dir(tmp_path_factory.mktemp("served"), root, max_seq_len=CONTEXT)
 
 
-@pytest.fixture(scope="module")
-def server(root, model_dir):
+@contextlib.contextmanager
+def serving(root, model_dir, ended_by=signal.SIGINT):
+    """The port of an endpoint that runs meanwhile; it must end well and without a traceback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [
         sys.executable, str(root / "generate.py"), "--model-dir", str(model_dir), "--serve", "--port", "0",
@@ -42,16 +44,32 @@ def server(root, model_dir):
             break
     else:
         pytest.fail("".join(lines))
-    threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-    yield int(found.group(1))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
-    assert "Traceback" not in "".join(lines)
+    rest = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+    rest.start()
+    try:
+        yield int(found.group(1))
+        process.send_signal(ended_by)
+        assert process.wait(30) == 0
+        rest.join(10)
+        assert "Traceback" not in "".join(lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(root, model_dir):
+    with serving(root, model_dir) as port:
+        yield port
+
+
+def client_of(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server}/v1", api_key="none", max_retries=0, timeout=60)
+    return client_of(server)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +188,34 @@ def test_a_client_that_leaves_frees_its_place(server, client, name):
     assert client.completions.create(model=name, prompt="one", max_tokens=4).choices
 
 
+def test_a_client_that_leaves_while_it_sends_is_nothing_to_report(server):
+    # The endpoint's messages are looked at when it ends.
+    with socket.create_connection(("127.0.0.1", server)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
+        time.sleep(0.3)
+    wait_until_idle(server)
+
+
+def test_at_the_end_open_answers_get_a_message_and_the_status_is_0(root, tmp_path):
+    folder = write_model_dir(tmp_path, root, max_seq_len=32768)
+    with ThreadPoolExecutor(1) as pool, serving(root, folder, signal.SIGTERM) as port:
+
+        def read():
+            stream = client_of(port).completions.create(
+                model=folder.name, prompt="go on", max_tokens=30000, stream=True
+            )
+            for event in stream:
+                begun.set()
+                assert event.choices[0].finish_reason is None, "take a prompt whose answer does not end"
+
+        begun = threading.Event()
+        result = pool.submit(read)
+        assert begun.wait(30)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        result.result(30)
+
+
 def test_too_many_wait_get_429_and_the_others_their_answer(server, client, name):
     def ask(_):
         try:
@@ -208,6 +254,7 @@ def test_too_many_wait_get_429_and_the_others_their_answer(server, client, name)
         ({"model": "NAME", "prompt": "x", "n": 100}, 400, "send fewer"),
         ({"model": "NAME", "prompt": "x", "stop": [""]}, 400, "stop"),
         ({"model": "NAME", "prompt": "x", "max_token": 5}, 400, "did you mean 'max_tokens'"),
+        ({"model": "NAME", "prompt": "x", "logprobs": 0}, 400, "logprobs is not offered"),
         ({"model": "NAME", "prompt": "x", "logprobs": 5}, 400, "logprobs is not offered"),
         ({"model": "other", "prompt": "x"}, 404, "no model 'other'"),
         ({"model": "NAME", "prompt": "word " * 20_000}, 400, "context holds"),
