@@ -99,15 +99,18 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more (got {value})")
+    if arguments.data.endswith((".bin", ".idx")) and Path(f"{arguments.data[:-4]}.idx").is_file():
+        arguments.data = arguments.data[:-4]  # a file of the dataset for its prefix
     model_dir = find_model_dir(arguments.model_dir, Path.cwd())
     tokenizer = load_tokenizer(model_dir)
     documents = open_documents(arguments.data, tokenizer, arguments.split, arguments.part, arguments.limit)
-    from aquila.backend import detect, get_backend
-    from aquila.generation.load import load
+    from aquila.backend import get_backend
+    from aquila.generation.load import device_type, load
 
-    device = detect() if arguments.device == "auto" else arguments.device
+    device = device_type(arguments.device)
+    number = arguments.device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")
     with ranks(device) as (rank, world_size):
-        place = str(get_backend(device).set_device(int(os.environ.get("LOCAL_RANK", "0"))))
+        place = str(get_backend(device).set_device(int(number)))
         loaded = load(model_dir, device=place, dtype=arguments.dtype, int8=arguments.int8)
         check_ids(arguments.data, documents, tokenizer, loaded.model.config.vocab_size)
         report = evaluate(loaded.model, tokenizer, documents, arguments, rank, world_size)

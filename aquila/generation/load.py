@@ -42,11 +42,8 @@ def load(
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    device = detect() if device == "auto" else device
-    if device not in DEVICE_TYPES or not get_backend(device).device_count():
-        raise UserError(
-            f"device '{device}' is not here; this machine has {detect()} (--device auto finds it)"
-        )
+    kind = device_type(device)
+    device = kind if device == "auto" else device
     tokenizer = load_tokenizer(model_dir)
     config = load_config(model_dir)
     if tokenizer.vocab_size > config.vocab_size:
@@ -54,7 +51,7 @@ def load(
             f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}; "
             "they are not of one kind: copy the tokenizer's files that the model was trained with"
         )
-    chosen = _stored_dtype(model_dir, config, device) if dtype == "auto" else DTYPES[dtype]
+    chosen = _stored_dtype(model_dir, config, kind) if dtype == "auto" else DTYPES[dtype]
     model = AquilaModel.from_pretrained(model_dir, dtype=chosen, device=device)
     model.eval().requires_grad_(False)
     if int8:
@@ -67,6 +64,19 @@ def load(
         f"context {config.max_seq_len} tokens, loaded in {seconds:.1f} s"
     )
     return Loaded(model, tokenizer, model_dir, description)
+
+
+def device_type(device: str) -> str:
+    """The type of `device` ("auto", "cpu", "cuda:1", ...). Raises `UserError` when it is not here."""
+    if device == "auto":
+        return detect()
+    kind, _, number = device.partition(":")
+    known = kind in DEVICE_TYPES and (number or "0").isdecimal()
+    if not known or int(number or 0) >= get_backend(kind).device_count():
+        raise UserError(
+            f"device '{device}' is not here; this machine has {detect()} (--device auto finds it)"
+        )
+    return kind
 
 
 def _stored_dtype(model_dir: Path, config, device: str) -> torch.dtype:

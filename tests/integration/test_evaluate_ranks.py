@@ -67,3 +67,16 @@ def test_table_for_people_and_another_tokenizers_data_is_refused(root, model_dir
     _, messages = run(root, "--model-dir", model_dir, "--data", other, status=2)
     assert "another tokenizer" in messages
     assert "Traceback" not in messages
+
+
+def test_a_datasets_file_stands_for_its_prefix_and_a_device_may_have_a_number(root, model_dir, dataset):
+    base = ("--model-dir", model_dir, "--limit", 3, "--json", "--device", "cpu:0")
+    by_file = json.loads(run(root, *base, "--data", f"{dataset}.bin")[0])
+    assert (by_file["documents"], by_file["data"]) == (3, str(dataset))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cpu:x", "cuda:1000"])
+def test_a_device_that_is_not_here_is_a_users_mistake(root, model_dir, dataset, device):
+    _, messages = run(root, "--model-dir", model_dir, "--data", dataset, "--device", device, status=2)
+    assert f"device '{device}' is not here" in messages
+    assert "Traceback" not in messages
