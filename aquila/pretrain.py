@@ -112,7 +112,7 @@ def train(
         closing.callback(log.draw)
         if run.export == "hf":
             after_save = Exporter(run_dir, run.export_every)
-            closing.callback(after_save.wait)
+            closing.callback(after_save.wait, watchdog.alive)
     feed = partial(
         Batches,
         rank=rank,

@@ -9,6 +9,7 @@ rank's random state, `state.json`, and `manifest.json` with size and checksum of
 files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import aquila
 from aquila.config import EffectiveConfig
 from aquila.model.weights import save_weights
-from aquila.training.engine import SHARDS, Engine, on_first_rank, to_host
+from aquila.training.engine import SHARDS, Engine, on_first_rank
 from aquila.training.files import (
     FOLDER,
     LATEST,
@@ -38,6 +39,8 @@ from aquila.training.files import (
     write_atomically,
 )
 from aquila.training.randomness import random_state
+from aquila.training.resume import launch_id
+from aquila.training.snapshot import to_host
 from aquila.training.state import TrainState
 
 MODEL_FILES = (
@@ -179,6 +182,7 @@ class Checkpointer:
             "seed": run.seed,
             "precision": run.precision,
             "zero_stage": run.zero_stage,
+            "launch": launch_id(),
             "version": aquila.__version__,
             "torch": torch.__version__,
         }
@@ -192,20 +196,34 @@ class Checkpointer:
         sync(manifest)
         for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
             sync(folder)
-        if final.exists():  # the same step, taken again after resuming from an earlier one
-            shutil.rmtree(final)
+        if final.exists():  # the same step, taken again: that one was damaged, or another run's
+            _remove(final)
         os.rename(partial, final)
-        sync(self.folder)
+        for folder in (self.folder, *self.folder.parents[:3]):  # up to checkpoints_out/, which may be new
+            sync(folder)
         write_atomically(self.folder / LATEST, final.name + "\n")
-        self._drop_old()
+        self._drop_old(step_of(final))
 
-    def _drop_old(self) -> None:
-        """Keeps the newest `keep_checkpoints`, and those that `keep_every` keeps."""
+    def _drop_old(self, newest: int) -> None:
+        """Keeps the newest `keep_checkpoints` up to step `newest`, and those that `keep_every` keeps.
+
+        A later one is damaged, and was not gone on from: it does not count as one of the newest.
+        """
         run = self._effective.run
         if run.keep_checkpoints:
-            for old in list_checkpoints(self.folder)[: -run.keep_checkpoints]:
+            ours = [path for path in list_checkpoints(self.folder) if step_of(path) <= newest]
+            for old in ours[: -run.keep_checkpoints]:
                 if not (run.keep_every and step_of(old) % run.keep_every == 0):
-                    shutil.rmtree(old, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # the new one is safe, whatever becomes of this
+                        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: a process that is killed meanwhile leaves no half of a checkpoint."""
+    going = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(checkpoint, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def _make_folders(partial: Path) -> str | None:

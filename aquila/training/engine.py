@@ -3,8 +3,8 @@
 The only importer of DeepSpeed. Everything else speaks to `Engine`.
 """
 
-import copy
 import logging
+import math
 import os
 import shutil
 import socket
@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
 from aquila.errors import UserError
+from aquila.training.finite import GradientCheck
 from aquila.training.lean import make_lean
 from aquila.training.settings import deepspeed_config
+from aquila.training.snapshot import Snapshot, Taker
 
 Result = TypeVar("Result")
 SHARDS = "deepspeed"
@@ -46,8 +48,8 @@ class StepResult:
 
     loss: mean over ranks and micro steps. grad_norm: before clipping. skipped: the optimizer did
     not step because something was not finite, or the loss was a spike. rank_losses and
-    forward_seconds: (world size,), to find who it was. notices: for each notice given, whether any
-    rank gave it, and whether all did.
+    forward_seconds: (world size,), to find who it was. bad_gradient_ranks: whose own gradients were not
+    finite. notices: for each notice given, whether any rank gave it, and whether all did.
     """
 
     loss: float
@@ -57,6 +59,7 @@ class StepResult:
     spike: bool
     rank_losses: list[float]
     forward_seconds: list[float]
+    bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
 
@@ -149,6 +152,17 @@ class Engine:
         )
         if self._stage in (1, 2):
             make_lean(self._engine.optimizer)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
+        # With one rank there is nobody to tell apart.
+        self._gradients = GradientCheck(model.parameters(), self.device) if world_size > 1 else None
+
+    @property
+    def loss_scale(self) -> float:
+        """Of the next step; 1 without fp16."""
+        return float(self._engine.optimizer.loss_scale)
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +183,11 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        scale = float(self._engine.optimizer.loss_scale)  # of this step; the step itself may change it
+        scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
+        if self._gradients:
+            self._gradients.start()
         for number, batch in enumerate(batches, start=1):
             started = time.perf_counter()
             loss = self._loss(self._engine, batch)
@@ -183,16 +199,22 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        losses, seconds, *flags = self.gather(total / len(batches), forward_seconds, *notices)
+        gradients = self._gradients.total if self._gradients else 0.0
+        values = total / len(batches), gradients, forward_seconds
+        losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
+        skipped = bool(self._engine.optimizer.overflow)
+        if self._gradients is None:
+            gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,
             grad_norm=float(norm) if norm is not None else float("nan"),
             loss_scale=scale,
-            skipped=bool(self._engine.optimizer.overflow),
+            skipped=skipped,
             spike=spike,
             rank_losses=losses,
             forward_seconds=seconds,
+            bad_gradient_ranks=[rank for rank, value in enumerate(gradients) if not math.isfinite(value)],
             any_notice=[any(column) for column in flags],
             all_notice=[all(column) for column in flags],
         )
@@ -237,12 +259,12 @@ class Engine:
         common = max(set(checksums), key=checksums.count)
         return [rank for rank, checksum in enumerate(checksums) if checksum != common]
 
-    def snapshot_shards(self, folder: Path) -> "list[Snapshot]":
+    def snapshot_shards(self, folder: Path) -> list[Snapshot]:
         """This rank's share of master weights and optimizer state, as copies in host memory to be written
         below `folder`/deepspeed. All ranks together."""
         taken: list[Snapshot] = []
         writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
-        self._engine.checkpoint_engine = _Taker(taken)
+        self._engine.checkpoint_engine = Taker(taken)
         # The weights are saved beside, as a model folder that any tool reads; not a second time here.
         self._engine.module_state_dict = lambda **options: {}
         self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder
@@ -278,51 +300,6 @@ class Engine:
         if self._stage < 3:
             return dict(self.model.state_dict())
         return self._engine._zero3_consolidated_16bit_state_dict() or {}
-
-
-class Snapshot(NamedTuple):
-    """A file to be written: `torch.save(state, path)`."""
-
-    state: Any
-    path: Path
-
-
-class _Taker:
-    """Stands in for DeepSpeed's writer of checkpoints: takes copies instead of writing files."""
-
-    def __init__(self, taken: list[Snapshot]) -> None:
-        self._taken = taken
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._taken.append(Snapshot(to_host(state_dict), Path(path)))
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        os.makedirs(path, exist_ok=exist_ok)
-
-    def create(self, info: Any) -> None: ...
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def is_data_parallel_writer(self, rank: int) -> bool:
-        return rank == 0
-
-    def preserves_storage_sharing(self) -> bool:
-        return False
-
-
-def to_host(state: Any) -> Any:
-    """A copy of nested dicts and lists with every tensor copied into host memory."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return type(state)((key, to_host(value)) for key, value in state.items())
-    if isinstance(state, list | tuple) and not hasattr(state, "_fields"):
-        return type(state)(to_host(value) for value in state)
-    return copy.deepcopy(state)
 
 
 def make_universal(shards: Path, folder: Path) -> None:

@@ -4,15 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from aquila.training.console import say
 
 
 class Exporter:
-    """Converts every `every`-th finished checkpoint to `exports/step-N-hf` in a process of its own.
+    """Converts every `every`-th finished checkpoint to `exports/step-N-hf`, one after the other.
 
-    One at a time: a new one waits for the one before. On rank 0 alone.
+    Each in a process of its own, in a line that training does not wait for. The checkpoint may be dropped
+    meanwhile: its files are kept, as hard links, until their turn has come. On rank 0 alone.
     """
 
     def __init__(self, run_dir: Path, every: int) -> None:
@@ -20,43 +23,68 @@ class Exporter:
         self._log = run_dir / "logs" / "export.log"
         self._every = every
         self._saves = 0
-        self._process: subprocess.Popen | None = None
-        self._target: Path | None = None
+        self._line = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._waiting: list[Future] = []
+        for left in self._folder.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def __call__(self, checkpoint: Path) -> None:
         """A checkpoint has been finished."""
         self._saves += 1
         if self._saves % self._every:
             return
-        self.wait()
-        self._target = self._folder / f"{checkpoint.name}-hf"
-        self._folder.mkdir(exist_ok=True)
-        self._log.parent.mkdir(exist_ok=True)
-        shutil.rmtree(self._partial, ignore_errors=True)
-        command = [sys.executable, "-m", "aquila.convert", "--to", "hf", "--verify"]
-        command += ["--input", str(checkpoint), "--output", str(self._partial)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_one_thread()
-            )
-
-    @property
-    def _partial(self) -> Path:
-        assert self._target is not None
-        return self._folder / f".{self._target.name}.partial"
-
-    def wait(self) -> None:
-        """Ends the export in flight: the copy gets its name once it has been verified."""
-        if self._process is None:
+        source = self._folder / f".{checkpoint.name}.source"
+        try:
+            _link(checkpoint, source)
+        except OSError as error:
+            say(f"warning: {checkpoint} is not exported: {error}")
             return
-        status, self._process = self._process.wait(), None
-        if status == 0:
-            shutil.rmtree(self._target, ignore_errors=True)
-            self._partial.rename(self._target)
-            say(f"exported {self._target}, its logits verified")
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            say(f"warning: {self._target} was not exported (status {status}); see {self._log}")
+        self._waiting.append(self._line.submit(self._export, source, f"{checkpoint.name}-hf"))
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Until the line is empty. alive: called every second meanwhile."""
+        while wait(self._waiting, timeout=1).not_done:
+            alive()
+        self._waiting.clear()
+
+    def _export(self, source: Path, name: str) -> None:
+        """The copy gets its name once it has been verified."""
+        target, partial = self._folder / name, self._folder / f".{name}.partial"
+        try:
+            status = self._convert(source, partial)
+            if status == 0:
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                say(f"exported {target}, its logits verified")
+            else:
+                say(f"warning: {target} was not exported (status {status}); see {self._log}")
+        except OSError as error:
+            say(f"warning: {target} was not exported: {error}")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(source, ignore_errors=True)
+
+    def _convert(self, source: Path, partial: Path) -> int:
+        shutil.rmtree(partial, ignore_errors=True)
+        self._log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "aquila.convert", "--to", "hf", "--verify"]
+        command += ["--input", str(source), "--output", str(partial)]
+        with self._log.open("ab") as log:
+            return subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_one_thread()
+            ).returncode
+
+
+def _link(checkpoint: Path, folder: Path) -> None:
+    """The model's files of a checkpoint, without the ranks' shares, under a second name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.is_file():
+            try:
+                os.link(path, folder / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, folder / path.name)
 
 
 def _one_thread() -> dict[str, str]:

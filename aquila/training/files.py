@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _BLOCK = 1 << 20
+_THREADS = 8
 
 
 def step_folder(step: int) -> str:
@@ -29,6 +32,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def set_aside(checkpoints: list[Path]) -> Path:
+    """Moves checkpoints of one folder into a new one beside them, `superseded-1`, and returns it."""
+    parent = checkpoints[0].parent
+    number = 1
+    while (target := parent / f"superseded-{number}").exists():
+        number += 1
+    target.mkdir()
+    for checkpoint in checkpoints:
+        os.rename(checkpoint, target / checkpoint.name)
+    sync(target)
+    sync(parent)
+    return target
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed left half-written, or half-removed, among checkpoints."""
+    for pattern in (".step-*.partial", ".step-*.universal", ".step-*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -44,19 +68,23 @@ def damage(folder: Path) -> str | None:
         return f"{folder} does not exist"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected_files = dict(manifest)
-    except (OSError, ValueError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if STATE not in expected_files:
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if STATE not in expected:
         return f"{MANIFEST} does not list {STATE}"
-    for name, expected in expected_files.items():
+    for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"file {name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"file {name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if fingerprint(path) != expected:
-            return f"file {name} is damaged (its checksum differs)"
+        if path.stat().st_size != size:
+            return f"file {name} has {path.stat().st_size} bytes instead of {size}"
+    # Hashing leaves the interpreter free: a terabyte of optimizer state would take one thread half an hour.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(fingerprint, [folder / name for name in expected])
+        for (name, (_, digest)), entry in zip(expected.items(), found, strict=True):
+            if entry["sha256"] != digest:
+                return f"file {name} is damaged (its checksum differs)"
     return None
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from aquila.training.boards import Board
 from aquila.training.console import say
 from aquila.training.engine import StepResult
+from aquila.training.files import write_atomically
 from aquila.training.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -214,6 +214,4 @@ def forget_after(path: Path, step: int) -> None:
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= step]
     if path.is_file() and (len(kept) < len(records) or not path.read_bytes().endswith(b"\n")):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

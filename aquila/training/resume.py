@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and taking it back, on the same ranks or on others."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,54 @@ from aquila.config import EffectiveConfig
 from aquila.errors import UserError
 from aquila.training.console import say
 from aquila.training.engine import SHARDS, Engine, make_universal, on_first_rank
-from aquila.training.files import FOLDER, damage, list_checkpoints, read_state
+from aquila.training.files import (
+    FOLDER,
+    LATEST,
+    clear_leftovers,
+    damage,
+    list_checkpoints,
+    read_state,
+    set_aside,
+    step_of,
+    write_atomically,
+)
 from aquila.training.randomness import restore_random_state
 from aquila.training.state import TrainState
 
 
-def find_resume(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, verified; None to start anew.
+def launch_id() -> str | None:
+    """What all starts of one launch share, restarts included; None where nobody says.
 
-    With `auto` a damaged checkpoint is named and the newest whole one before it is used. Raises
-    `UserError` for a given path that is no whole checkpoint, and when none of several is whole.
+    Our launcher marks every rank with its own name and the node's number.
     """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        problem = damage(Path(resume))
-        if problem:
-            raise UserError(f"resume={resume}: {problem}")
-        return Path(resume)
-    found = list_checkpoints(run_dir / FOLDER)
+    mark = os.environ.get("AQUILA_LAUNCH_MARK", "")
+    return mark.rpartition("-")[0] or None
+
+
+def find_resume(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, verified; None to start anew. Tidies up what a killed process left.
+
+    With `auto` a damaged checkpoint is named and the newest whole one before it is used. `never` and a
+    path are for the first start of a launch: its restarts go on from what it has saved since. Checkpoints
+    that are then no part of the run's past are set aside, so that nobody goes on from them by mistake.
+    Raises `UserError` for a given path that is no whole checkpoint, and when none of several is whole.
+    """
+    checkpoints = run_dir / FOLDER
+    clear_leftovers(checkpoints)
+    if resume == "auto":
+        return _newest_whole(checkpoints)
+    ours = [path for path in list_checkpoints(checkpoints) if _of_this_launch(path)]
+    if ours:
+        return _newest_whole(checkpoints)
+    chosen = None if resume == "never" else Path(resume)
+    if chosen and (problem := damage(chosen)):
+        raise UserError(f"resume={resume}: {problem}")
+    _set_aside_other(checkpoints, chosen)
+    return chosen
+
+
+def _newest_whole(checkpoints: Path) -> Path | None:
+    found = list_checkpoints(checkpoints)
     for folder in reversed(found):
         problem = damage(folder)
         if problem is None:
@@ -36,10 +66,35 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
         say(f"warning: checkpoint {folder} is not whole and is not used: {problem}")
     if found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {run_dir / FOLDER} is whole; "
+            f"none of the {len(found)} checkpoints in {checkpoints} is whole; "
             "restore one, or start anew under another experiment name or with resume=never"
         )
     return None
+
+
+def _of_this_launch(checkpoint: Path) -> bool:
+    """Whether an earlier start of this very launch saved it: torchrun's restart, or our launcher's."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return True  # the first start has set aside whatever was there
+    try:
+        return launch_id() is not None and read_state(checkpoint).get("launch") == launch_id()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _set_aside_other(checkpoints: Path, chosen: Path | None) -> None:
+    """Moves away what does not lead to `chosen`, and lets `latest` name that, or nothing."""
+    found = list_checkpoints(checkpoints)
+    inside = chosen is not None and chosen.resolve().parent == checkpoints.resolve()
+    other = [path for path in found if not (inside and step_of(path) <= step_of(chosen.resolve()))]
+    if not other:
+        return
+    if inside:
+        write_atomically(checkpoints / LATEST, chosen.resolve().name + "\n")
+    else:
+        (checkpoints / LATEST).unlink(missing_ok=True)
+    target = set_aside(other)
+    say(f"{len(other)} checkpoints that this run does not go on from are set aside in {target}")
 
 
 class Resumption:

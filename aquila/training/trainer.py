@@ -11,6 +11,7 @@ from aquila.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.engine import Engine, MicroBatch, StepResult
+from aquila.training.finite import what_is_not_finite
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.schedule import Schedule
 from aquila.training.signals import Requests
@@ -54,6 +55,7 @@ class Trainer:
             result = self._step()
             self._log(result, self._evaluate())
             if self.state.bad_steps >= self.config.max_bad_steps:
+                self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
             if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
                 return self._diverged(bad)
@@ -109,7 +111,8 @@ class Trainer:
 
     def _scale_may_fall(self, result: StepResult) -> bool:
         """An fp16 overflow with a finite loss is no fault while the loss scale can still be lowered."""
-        return self.config.precision == "fp16" and math.isfinite(result.loss) and result.loss_scale > 1
+        finite = self.config.precision == "fp16" and math.isfinite(result.loss)
+        return finite and result.loss_scale > self.engine.min_loss_scale
 
     def _evaluate(self) -> float | None:
         if not self._due(self.config.eval_interval):
@@ -141,10 +144,11 @@ class Trainer:
             return saved
         try:
             folder, saved = self.checkpointer.finish()
-            self._say(f"saved {folder}")
-            self.after_save(folder)
         except OSError as error:
             self._say(f"warning: a checkpoint was not saved, and training goes on without it: {error}")
+        else:
+            self._say(f"saved {folder}")
+            self.after_save(folder)
         self.timer.other("save_seconds", self.checkpointer.stall_seconds)
         self.checkpointer.stall_seconds = 0.0
         self.watchdog.beat(self.state.step)
@@ -160,11 +164,11 @@ class Trainer:
         if result.spike:
             reason = f"loss {result.loss:.3f} is a spike over its mean {self.state.mean_loss:.3f}"
         elif self._scale_may_fall(result):
-            self._say(f"step {step} overflowed fp16 at loss scale {result.loss_scale:g}, which is lowered")
+            then, now = result.loss_scale, self.engine.loss_scale
+            self._say(f"step {step} overflowed fp16 at loss scale {then:g} and is skipped; now it is {now:g}")
             return
         else:
-            bad = [rank for rank, loss in enumerate(result.rank_losses) if not math.isfinite(loss)]
-            reason = f"loss not finite on ranks {bad}" if bad else "gradient not finite, every loss was"
+            reason = what_is_not_finite(result.rank_losses, result.bad_gradient_ranks)
         first = self.state.consumed_samples
         samples = range(first, first + self.config.global_batch_size(ranks))
         batch = self.documents_of(samples)

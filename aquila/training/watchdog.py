@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from aquila.errors import EXIT_FAILURE
@@ -20,8 +21,19 @@ from aquila.training.files import write_atomically
 
 _GRACE = 3.0
 """Seconds in which every live rank's report has to arrive."""
-_WAITING = ("torch/distributed/", "deepspeed/comm/")
+_WAITING = ("torch/distributed/", "deepspeed/comm/", "aquila/training/lean.py")
 """A stack through these files waits for another rank."""
+_READING = ("gather", "synchronize")
+"""Or it reads from a device that waits: there the collective itself returns at once."""
+
+
+def waits_for_others(frames: Sequence[traceback.FrameSummary]) -> bool:
+    """Whether a stack merely waits for another rank, in a collective or for a device that is in one."""
+    return any(
+        any(part in frame.filename for part in _WAITING)
+        or (frame.name in _READING and "aquila/" in frame.filename)
+        for frame in frames
+    )
 
 
 class Watchdog:
@@ -47,6 +59,10 @@ class Watchdog:
         self._step = step
         self._beat = time.monotonic()
 
+    def alive(self) -> None:
+        """The same step still, but something goes on."""
+        self._beat = time.monotonic()
+
     def close(self) -> None:
         self._ended.set()
 
@@ -58,7 +74,7 @@ class Watchdog:
 
     def _bark(self) -> None:
         frames = traceback.extract_stack(sys._current_frames()[self._main])
-        waits = any(part in frame.filename for frame in frames for part in _WAITING)
+        waits = waits_for_others(frames)
         ours = [frame for frame in frames if f"{os.sep}aquila{os.sep}" in frame.filename]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"
         if ours:

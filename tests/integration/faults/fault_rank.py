@@ -1,11 +1,16 @@
 """`aquila.pretrain` with one fault planted by AQUILA_FAULT, `KIND:STEP:RANK`:
 
-nan         the loss of that step and rank, and so its gradients, are not finite
-nan-always  the same from that step on
-spike       the loss of that step and rank is a hundred times as large
-asleep      the rank sleeps for ever before that step
-flip        one bit of the rank's weights changes after that step
-clock       the wall clock goes back an hour at that step
+nan          the loss of that step and rank, and so its gradients, are not finite
+nan-always   the same from that step on
+grad         the gradients of that step and rank alone are not finite
+grad-always  the same from that step on
+spike        the loss of that step and rank is a hundred times as large
+asleep       the rank sleeps for ever before that step
+flip         one bit of the rank's weights changes after that step
+clock        the wall clock goes back an hour at that step
+none         nothing
+
+With precision=fp16 DeepSpeed is told that this CPU can do it, as torch can: slowly, but all the same.
 """
 
 import os
@@ -15,6 +20,7 @@ import time
 import torch
 
 from aquila import pretrain
+from aquila.backend import cpu
 from aquila.errors import run_command
 from aquila.training.engine import Engine, StepResult
 from aquila.training.trainer import Trainer
@@ -29,11 +35,18 @@ def due() -> bool:
     return HERE and _state["step"] == int(STEP)
 
 
+def struck() -> bool:
+    """Due, or past due where the fault stays."""
+    return due() or (HERE and KIND.endswith("-always") and _state["step"] > int(STEP))
+
+
 def loss(module: torch.nn.Module, batch: object) -> torch.Tensor:
     value = _loss(module, batch)
-    poisoned = module.training and (due() or (HERE and KIND == "nan-always" and _state["step"] > int(STEP)))
-    factor = {"nan": float("nan"), "nan-always": float("nan"), "spike": 100.0}.get(KIND, 1.0)
-    return value * factor if poisoned else value
+    if not (module.training and struck()):
+        return value
+    if KIND.startswith("grad"):
+        value.register_hook(lambda gradient: gradient * float("nan"))
+    return value * {"nan": float("nan"), "nan-always": float("nan"), "spike": 100.0}.get(KIND, 1.0)
 
 
 def step(trainer: Trainer) -> StepResult:
@@ -50,6 +63,15 @@ def step(trainer: Trainer) -> StepResult:
     return result
 
 
+def allow_fp16() -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda accelerator: True
+    cpu.supported_precisions = lambda: ("fp16", "bf16", "fp32")
+
+
+if "precision=fp16" in sys.argv:
+    allow_fp16()
 Engine._loss = staticmethod(loss)
 Trainer._step = step
 if __name__ == "__main__":

@@ -82,13 +82,16 @@ def killed_while_saving(project: Path, experiment: str, dice: random.Random) -> 
     return run_again(project, experiment, "kill -9 while saving", reached)
 
 
-def terminated(project: Path, experiment: str, dice: random.Random) -> Outcome:
-    """SIGTERM to all ranks: nothing is lost, for the step is finished and saved."""
+def terminated(project: Path, experiment: str, dice: random.Random, *, while_saving: bool = False) -> Outcome:
+    """SIGTERM to all ranks: nothing is lost, for the step is finished and saved, after a save in flight."""
     process = start(project, experiment, *OPTIONS)
     goal = dice.randrange(1, STEPS - 5)
-    wait_for(
-        lambda: process.poll() is not None or last_step(project, experiment) >= goal, process, exits=True
-    )
+    partial = project / "checkpoints_out" / experiment / "0" / "checkpoints" / ".step-00000004.partial"
+
+    def now() -> bool:
+        return partial.exists() if while_saving else last_step(project, experiment) >= goal
+
+    wait_for(lambda: process.poll() is not None or now(), process, exits=True, pause=0.002)
     ranks = children(process.pid)
     for rank in ranks:
         _send(rank, signal.SIGTERM)

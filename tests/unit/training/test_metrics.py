@@ -18,7 +18,7 @@ KEYS = [
 
 RESULT = StepResult(
     loss=2.5, grad_norm=1.0, loss_scale=1.0, skipped=False, spike=False, rank_losses=[2.5, 2.5],
-    forward_seconds=[0.1, 0.1], any_notice=[], all_notice=[],
+    forward_seconds=[0.1, 0.1], bad_gradient_ranks=[], any_notice=[], all_notice=[],
 )  # fmt: skip
 
 

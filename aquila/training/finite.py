@@ -1,0 +1,42 @@
+"""Whose gradient was not finite: looked at on each rank before the ranks' gradients are summed."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+
+class GradientCheck:
+    """Watches the gradients of `parameters` as backward makes them, from the start of a step on.
+
+    One sum a parameter, kept on the device: a sum is not finite when any of its terms is not. Nothing is
+    read back before `total` is. Two tiny launches a parameter, and one pass over each gradient.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
+        self._total = torch.zeros((), dtype=torch.float32, device=device)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_hook(self._look)
+
+    def _look(self, gradient: torch.Tensor) -> None:
+        self._total += gradient.detach().sum(dtype=torch.float32)
+
+    def start(self) -> None:
+        """A new step."""
+        self._total.zero_()
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Not finite when a gradient since `start` was not; fp32 scalar on the device."""
+        return self._total
+
+
+def what_is_not_finite(rank_losses: list[float], bad_gradient_ranks: list[int]) -> str:
+    """In words, with the ranks."""
+    losses = [rank for rank, loss in enumerate(rank_losses) if not math.isfinite(loss)]
+    if losses:
+        return f"loss not finite on ranks {losses}"
+    if bad_gradient_ranks:
+        return f"gradient not finite on ranks {bad_gradient_ranks}, every loss was"
+    return "the ranks' gradients overflowed when they were summed; every loss and every gradient was finite"
