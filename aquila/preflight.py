@@ -15,7 +15,7 @@ from rich.table import Table
 from aquila.errors import EXIT_USER_ERROR, run_command
 from aquila.launch.checks import FAIL, PASS, WARN, Checked, check_run
 from aquila.launch.code import find_config_argument, find_file
-from aquila.launch.hosts import check_hosts
+from aquila.launch.hosts import calling, check_hosts
 
 STYLES = {PASS: "green", WARN: "yellow", FAIL: "bold red"}
 
@@ -27,15 +27,12 @@ def main() -> int:
     parser.add_argument("model", help="a folder under checkpoints_in/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the YAML file")
     arguments = parser.parse_args()
-    checked = check_run(
-        find_file(arguments.hostfile),
-        find_config_argument(arguments.config),
-        arguments.model,
-        arguments.overrides,
-        local=False,
-    )
-    if checked.nodes:
-        check_hosts(checked)
+    hostfile = find_file(arguments.hostfile)
+    with calling(hostfile) as group:
+        config = find_config_argument(arguments.config)
+        checked = check_run(hostfile, config, arguments.model, arguments.overrides, local=False)
+        if group and checked.nodes:
+            check_hosts(checked, group)
     show(checked)
     return EXIT_USER_ERROR if checked.failures else 0
 

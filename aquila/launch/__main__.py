@@ -1,6 +1,7 @@
 """`python -m aquila.launch local|dist|stop|dist-stop ...`: what the shell scripts call."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from aquila.errors import UserError, run_command
 from aquila.launch.checks import WARN, Checked, check_run
 from aquila.launch.code import find_config_argument, find_file
 from aquila.launch.copying import copy_to_nodes
-from aquila.launch.hosts import check_hosts
+from aquila.launch.hosts import calling, check_hosts
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.runs import check_experiment
@@ -70,12 +71,13 @@ def trigger(arguments: argparse.Namespace) -> int:
     local = arguments.command == "local"
     experiment = check_experiment(arguments.experiment)
     config = find_config_argument(arguments.config)
-    checked = check_run(
-        find_file(arguments.hostfile), config, arguments.model, arguments.overrides, local=local
-    )
+    hostfile = find_file(arguments.hostfile)
+    hosts_too = not local and not arguments.no_preflight and not arguments.dry_run
     differing: dict[str, list[Path]] = {}
-    if not local and not arguments.no_preflight and not arguments.dry_run and not checked.failures:
-        differing = check_hosts(checked)
+    with calling(hostfile) if hosts_too else contextlib.nullcontext() as group:
+        checked = check_run(hostfile, config, arguments.model, arguments.overrides, local=local)
+        if group and not checked.failures:
+            differing = check_hosts(checked, group)
     if arguments.no_preflight or arguments.dry_run:
         checked.soften(keep={"hostfile", "this node", "devices", "configuration"})
     checked.raise_failures()

@@ -85,10 +85,14 @@ class Channel:
         """Never waits: a node whose line is stuck must not hold up the others."""
         self.outgoing.put(json.dumps({"op": operation, **fields}).encode() + b"\n")
 
-    def close(self, timeout: float = 1.0) -> None:
-        """Ends the line, and the process that holds it."""
+    def end(self) -> None:
+        """Tells the agent that nothing more comes; it leaves when it has done what was asked."""
         self.open = False
         self.outgoing.put(None)
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Ends the line, and the process that holds it."""
+        self.end()
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:

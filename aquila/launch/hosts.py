@@ -1,13 +1,15 @@
 """The checks of every host of a run, over the same lines that a run uses."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from aquila.errors import UserError
 from aquila.launch.checks import Checked, Warned, check_room, checkpoint_bytes, data_paths, small_paths
 from aquila.launch.code import ROOT
+from aquila.launch.hostfile import read_hostfile
 from aquila.launch.members import Member, Members
 from aquila.launch.nodes import is_this_node
 from aquila.launch.probe import mismatches
@@ -18,30 +20,43 @@ PROBE_TIMEOUT = 60.0
 REACH_TIMEOUT = 3.0
 
 
-def check_hosts(checked: Checked) -> dict[str, list[Path]]:
+@contextlib.contextmanager
+def calling(hostfile: Path) -> Iterator[Members | None]:
+    """Lines to all hosts, opened while this machine is still checked; None for a hostfile with mistakes.
+
+    On leaving every line is closed, and nothing is left on the hosts.
+    """
+    try:
+        nodes = read_hostfile(hostfile)
+    except UserError:
+        yield None
+        return
+    members = [Member(i, node.host, node.slots, is_this_node(node.host)) for i, node in enumerate(nodes)]
+    group = Members(members, lambda *_, **__: None, node_timeout=PROBE_TIMEOUT)
+    group.open(members)
+    try:
+        yield group
+    finally:
+        group.close()
+
+
+def check_hosts(checked: Checked, group: Members) -> dict[str, list[Path]]:
     """Every host: reachable, of one kind, with enough devices and room, seeing the others and the disk.
 
     Returns, for each host, what of configuration and model folder differs there or is missing.
     """
-    members = [
-        Member(i, node.host, node.slots, is_this_node(node.host)) for i, node in enumerate(checked.nodes)
-    ]
-    hosts = Hosts(members, checked)
-    try:
-        hosts.check()
-    finally:
-        hosts.group.close()
+    hosts = Hosts(group, checked)
+    hosts.check()
     return hosts.differing
 
 
 class Hosts:
-    def __init__(self, members: list[Member], checked: Checked) -> None:
-        self.members, self.checked = members, checked
+    def __init__(self, group: Members, checked: Checked) -> None:
+        self.group, self.members, self.checked = group, group.all, checked
         config = checked.config
         self.small = small_paths(config) if config else []
         self.data = data_paths(config, ROOT) if config else []
         self.disk_needed = checkpoint_bytes(config) if config else 0
-        self.group = Members(members, lambda *_, **__: None, node_timeout=PROBE_TIMEOUT)
         self.output = ROOT / "checkpoints_out"
         self.answers: dict[int, dict[str, Any]] = {}
         self.differing: dict[str, list[Path]] = {}
@@ -52,7 +67,7 @@ class Hosts:
 
     def check(self) -> None:
         run = self.checked.run
-        problems = self.group.connect(self.members, CONNECT_TIMEOUT)
+        problems = self.group.greetings(self.members, CONNECT_TIMEOUT)
         run("hosts reached", lambda: self._raise(problems, f"{len(self.members)} over ssh"))
         if not self.there:
             return

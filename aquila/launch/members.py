@@ -60,21 +60,31 @@ class Members:
         self.node_timeout = node_timeout
         self.events: queue.Queue[tuple[int, dict]] = queue.Queue()
         self.interrupted: Callable[[], bool] = lambda: False
-        self.last_ping = 0.0
+        self.last_ping = self.opened = 0.0
 
     def connect(self, members: list[Member], timeout: float) -> list[str]:
         """Opens a line to every one at once; what went wrong with each that did not answer well."""
+        self.open(members)
+        return self.greetings(members, timeout)
+
+    def open(self, members: list[Member]) -> None:
+        """Starts a line to every one, and waits for none."""
         for member in members:
             member.hello, member.alive, member.prepared = None, False, False
             member.channel = Channel(member.index, member.host, member.here, self.events)
-        deadline = time.monotonic() + timeout
+        self.opened = time.monotonic()
+
+    def greetings(self, members: list[Member], timeout: float) -> list[str]:
+        """Waits for every one until `timeout` seconds after `open`; what went wrong with which."""
         closed: set[int] = set()
-        while time.monotonic() < deadline and not self.interrupted():
-            if all(m.alive or m.index in closed for m in members):
-                break
+        in_time = True
+        while in_time and not self.interrupted():
+            in_time = time.monotonic() < self.opened + timeout
             for member, event in self.next_events(0.1):
                 if event["event"] == "closed":
                     closed.add(member.index)
+            if all(m.alive or m.index in closed for m in members):
+                break
         problems = [self._greeting_problem(m, m.index in closed, timeout) for m in members]
         return [*filter(None, problems), *self._same_machines()]
 
@@ -167,6 +177,7 @@ class Members:
 
     def close(self) -> None:
         """Every agent clears its node and says so before its line is closed."""
+        self.next_events(0)  # who has greeted meanwhile
         self.tell(self.all, "end")
         deadline = time.monotonic() + CLOSE_TIMEOUT
         waiting = {member.index for member in self.all if member.alive}
@@ -174,9 +185,12 @@ class Members:
             for member, event in self.next_events(0.1):
                 if event["event"] in ("gone", "closed"):
                     waiting.discard(member.index)
-        for member in self.all:
-            if member.channel:
-                member.channel.close()
+        lines = [member.channel for member in self.all if member.channel]
+        for line in lines:
+            line.end()
+        deadline = time.monotonic() + 1
+        for line in lines:
+            line.close(max(0.05, deadline - time.monotonic()))
 
     def address_of(self, member: Member) -> str:
         """The address under which the other nodes reach this one."""
