@@ -116,27 +116,48 @@ def test_training_from_the_originals_golden_weights(project: Path, shared_dir: P
 
 
 def test_old_checkpoints_go_marked_ones_stay_and_copies_are_verified(project: Path) -> None:
-    """Saves at 2, 4, 6 and the end: the newest stays, and the multiple of 4; the fourth is exported."""
-    options = ["train_iters=7", "save_interval=2", "keep_checkpoints=1", "keep_every=4", "eval_interval=0"]
-    status, output = train(project, "kept", *options, "export=hf", "export_every=4", ranks=1)
+    """Saves at 2, 4, 6 and the end: the newest stays, and the multiple of 6; every second is exported.
+
+    That of step 4 is dropped while its export has hardly begun.
+    """
+    options = ["train_iters=7", "save_interval=2", "keep_checkpoints=1", "keep_every=6", "eval_interval=0"]
+    status, output = train(project, "kept", *options, "export=hf", "export_every=2", ranks=1)
     assert status == 0, output
     run = project / "checkpoints_out" / "kept" / "0"
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["latest", "step-00000004", "step-00000007"]
-    assert [path.name for path in (run / "exports").iterdir()] == ["step-00000007-hf"]
-    assert "its logits verified" in output
+    assert kept == ["latest", "step-00000006", "step-00000007"]
+    exports = sorted(path.name for path in (run / "exports").iterdir())
+    assert exports == ["step-00000004-hf", "step-00000007-hf"]
+    assert output.count("its logits verified") == 2
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(run / "exports" / "step-00000007-hf")
-    assert sum(parameter.numel() for parameter in model.parameters()) > 70_000
+    from aquila.model import AquilaModel
 
-    source = (
-        run / "checkpoints" / "step-00000004"
-    )  # and another run may start from any checkpoint by its path
-    status, output = train(project, "elsewhere", "train_iters=5", f"resume={source}", ranks=1)
+    tokens = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(3))
+    copy = AutoModelForCausalLM.from_pretrained(run / "exports" / "step-00000007-hf", dtype=torch.float32)
+    with torch.no_grad():
+        ours = AquilaModel.from_pretrained(run / "checkpoints" / "step-00000007")(tokens)
+        torch.testing.assert_close(copy(tokens).logits, ours, rtol=1e-4, atol=1e-4)
+
+    # And another run may start from any checkpoint by its path.
+    source = run / "checkpoints" / "step-00000006"
+    status, output = train(project, "elsewhere", "train_iters=7", f"resume={source}", ranks=1)
     assert status == 0, output
-    assert f"resumes at step 4 from {source}" in output
-    assert [record["step"] for record in metrics(project, "elsewhere")] == [5]
+    assert f"resumes at step 6 from {source}" in output
+    assert [record["step"] for record in metrics(project, "elsewhere")] == [7]
+
+
+def test_evaluating_changes_nothing(project: Path) -> None:
+    """Every loss, norm and the final weights are those of the run that evaluates."""
+    if not (project / "checkpoints_out" / "whole-fp32").is_dir():
+        assert train(project, "whole-fp32", "precision=fp32")[0] == 0
+    assert train(project, "unevaluated", "precision=fp32", "eval_interval=0")[0] == 0
+    with_it, without = metrics(project, "whole-fp32"), metrics(project, "unevaluated")
+    assert [record["step"] for record in with_it if "valid_loss" in record] == [4, 8, 12]
+    assert not any("valid_loss" in record for record in without)
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in without] == [record[key] for record in with_it]
+    assert weights_hash(project, "unevaluated", 12) == weights_hash(project, "whole-fp32", 12)
 
 
 def test_other_data_of_this_model_is_refused_by_the_rank_too(project: Path) -> None:

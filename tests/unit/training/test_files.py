@@ -45,6 +45,18 @@ def test_every_fault_in_every_file_is_found_and_the_one_before_is_used(
     assert str(newest) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ['"size"', '"sha256"', "{", "}", ":", "256"])
+def test_a_manifest_that_is_json_but_no_manifest_is_damage(tmp_path: Path, text: str) -> None:
+    manifest = checkpoint(tmp_path, 9) / "manifest.json"
+    whole = manifest.read_text()
+    assert text in whole
+    for other in ('"qize"', "[", "0"):
+        manifest.write_text(whole.replace(text, other, 1))
+        assert damage(manifest.parent) is not None
+    manifest.write_text('{"state.json": 5}')
+    assert damage(manifest.parent) is not None
+
+
 def test_without_a_whole_one_nothing_is_guessed(tmp_path: Path) -> None:
     assert find_resume(tmp_path, "auto") is None
     (checkpoint(tmp_path, 5) / "state.json").unlink()
