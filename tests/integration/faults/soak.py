@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +20,22 @@ HARM = {
     "flipped bit": scenarios.flip_bit,
     "missing file": scenarios.remove,
 }
+OTHERS = {
+    "SIGTERM while saving": "test_sigterm_while_a_checkpoint_is_on_its_way_loses_neither",
+    "second SIGINT": "test_a_second_ctrl_c_ends_at_once",
+    "read-only folder": "test_a_read_only_folder_is_one_clear_message",
+    "NaN in one loss": "test_a_nan_is_skipped_by_all_ranks_and_told_with_its_documents",
+    "NaN in one gradient": "test_a_bad_gradient_is_told_with_its_rank_where_every_loss_was_good",
+    "NaN for ever": "test_nan_for_ever_gives_up_with_advice",
+    "fp16 overflow": "test_the_fp16_loss_scale_falls_rises_and_survives_a_stop",
+    "a loss spike": "test_a_spike_is_left_out",
+    "a rank asleep": "test_a_rank_asleep_ends_the_run_and_is_named",
+    "a frozen rank": "test_a_rank_that_does_not_even_answer_is_named",
+    "a diverged replica": "test_a_diverged_replica_is_found",
+    "two runs in one folder": "test_two_runs_in_one_folder_and_a_save_on_request",
+    "clock set back": "test_a_clock_set_back_changes_nothing",
+}
+"""Faults without dice, that end with a message and a status: the test of each, once."""
 
 
 def main() -> int:
@@ -27,6 +44,9 @@ def main() -> int:
     parser.add_argument("--saves", type=int, default=50, help="kill -9 in the middle of a save (default: 50)")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERM at random moments (default: 10)")
     parser.add_argument("--damages", type=int, default=10, help="of each kind, in random files (default: 10)")
+    parser.add_argument(
+        "--others", type=int, default=1, choices=(0, 1), help="faults with a message (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +80,18 @@ def run(project: Path, arguments: argparse.Namespace) -> Iterator[Outcome]:
             yield tried(scenarios.damaged, project, name, dice, harm, what)
     if os.geteuid() == 0:
         yield tried(scenarios.full_disk, project, "full-disk")
+    for what, test in OTHERS.items() if arguments.others else ():
+        yield tested(what, test)
+
+
+def tested(what: str, test: str) -> Outcome:
+    """The outcome of one test of the suite at a small size."""
+    place = f"{Path(__file__).parent / 'test_faults.py'}::{test}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", place]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    last = done.stdout.strip().splitlines()[-1:]
+    passed = done.returncode == 0 and "passed" in "".join(last)
+    return Outcome(what, passed, 0, "".join(last) if passed else done.stdout[-2000:])
 
 
 def tried(scenario: Callable[..., Outcome], project: Path, experiment: str, *arguments: object) -> Outcome:
