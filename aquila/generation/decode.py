@@ -1,5 +1,6 @@
 """From prompts to new tokens: prefill, steps over a changing set of rows, and the reasons to end."""
 
+import itertools
 import secrets
 from collections.abc import Iterator
 
@@ -113,7 +114,7 @@ class Decoder:
                 sequence.finish_reason = "length"
                 events.append((sequence, None))
         entering = [sequence for sequence in sequences if sequence.finish_reason is None]
-        for group in _alike(entering, self.context):
+        for group in self._alike(entering):
             logits = self._prefill(group)
             self.active += group
             events += self._choose(group, logits)
@@ -153,25 +154,31 @@ class Decoder:
     def _seen(self, sequence: Sequence) -> list[int]:
         return window(sequence.tokens, self.context) if self.sliding else sequence.tokens
 
-    def _prefill(self, group: list[Sequence]) -> Tensor:
-        """Logits (n, V) after each prompt of `group`, computed as one batch padded on the right.
+    def _alike(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Groups to prefill together: of one length, and of at most `_PREFILL_TOKENS` tokens.
 
-        Causal attention keeps a real token from seeing the padding behind it; the padding's own keys
-        are never copied into the row cache.
+        Padding would save calls, but attention over padded places rounds another way, so that in bf16 an
+        answer would depend on its neighbours.
         """
+
+        def length(sequence: Sequence) -> int:
+            return len(self._seen(sequence))
+
+        for size, alike in itertools.groupby(sorted(sequences, key=length), key=length):
+            together = max(_PREFILL_TOKENS // size, 1)
+            while group := list(itertools.islice(alike, together)):
+                yield group
+
+    def _prefill(self, group: list[Sequence]) -> Tensor:
+        """Logits (n, V) after each prompt of `group`, which are of one length."""
         if self._step is None:
             return torch.cat([self._whole(sequence) for sequence in group])
-        prompts = [self._seen(sequence) for sequence in group]
-        lengths = [len(prompt) for prompt in prompts]
-        padded = torch.zeros(len(group), max(lengths), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : lengths[row]] = torch.tensor(prompt)
-        self._make_room(max(lengths))
-        entering = self._cache.enter(lengths)
-        hidden = self.model.hidden(padded.to(self.device), cache=entering)
+        prompts = torch.tensor([self._seen(sequence) for sequence in group], device=self.device)
+        self._make_room(prompts.shape[1])
+        entering = self._cache.enter(len(group), prompts.shape[1])
+        hidden = self.model.hidden(prompts, cache=entering)
         entering.done()
-        ends = torch.tensor(lengths, device=self.device) - 1
-        return self.model.output(hidden[torch.arange(len(group), device=self.device), ends])
+        return self.model.output(hidden[:, -1])
 
     def _make_room(self, length: int) -> None:
         if self._cache is None:
@@ -223,21 +230,6 @@ class Decoder:
         self.active.pop()
 
 
-def _alike(sequences: list[Sequence], context: int) -> list[list[Sequence]]:
-    """Groups to prefill together: of similar length, so that padding costs at most about a quarter, and of
-    at most `_PREFILL_TOKENS` tokens."""
-    groups: list[list[Sequence]] = []
-    for sequence in sorted(sequences, key=lambda item: len(item.tokens)):
-        length = min(len(sequence.tokens), context)
-        if groups:
-            shortest, count = min(len(groups[-1][0].tokens), context), len(groups[-1])
-            if length <= 1.25 * shortest + 8 and (count + 1) * length <= _PREFILL_TOKENS:
-                groups[-1].append(sequence)
-                continue
-        groups.append([sequence])
-    return groups
-
-
 def generate(
     model: AquilaModel,
     prompts: list[list[int]],
@@ -256,7 +248,8 @@ def generate(
     """New tokens for each of `prompts` (token ids, of any lengths); the defaults are the original's.
 
     `temperature=0` is greedy. A prompt in a batch gets what it gets alone: with a `seed`, each prompt draws
-    from a generator of its own started there. An answer ends before a token of `stop_ids`, after
+    from a generator of its own started there. (In bf16 a library's matrix product may still round
+    the odd element by the number of rows.) An answer ends before a token of `stop_ids`, after
     `max_new_tokens`, or when the model's context is full (unless `sliding`). Raises `UserError` for a
     prompt or a value that cannot be.
     """

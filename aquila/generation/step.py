@@ -4,9 +4,10 @@ At one token a row the weights are read once for little arithmetic, so time is m
 overhead of every call. Hence the fused matrices (query, key and value in one; gate and up in one) and the
 joint rotation of queries and keys. Tests hold it equal to `AquilaModel`.
 
-Shapes: n rows, H query heads, K key and value heads, D head size, T longest row with its new token.
+Shapes: n rows, H query heads, K key and value heads, D head size, T a row's length with its new token.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -84,9 +85,8 @@ class DecodeStep:
         model, n, width = self.model, tokens.shape[0], self.heads * self.head_dim
         turning = self.heads + self.kv_heads
         longest = max(cache.lengths) + 1
-        cache.reach(longest)
-        seen = cache.visible()
-        rows, places = self._places(cache, seen is None, tokens.device)
+        runs = _runs(cache.lengths)
+        rows, places = self._places(cache, len(runs) == 1, tokens.device)
         turn = self._turn(cache.lengths, longest, tokens.device)  # complex64 (n, 1, D / 2)
         x = F.embedding(tokens, model.tok_embeddings.weight)  # (n, dim)
         for (attention_norm, wqkv, wo, ffn_norm, w13, w2), kv in zip(self.layers, cache.kv, strict=True):
@@ -95,13 +95,16 @@ class DecodeStep:
             qkv[:, :turning] = torch.view_as_real(pairs * turn).flatten(-2)
             kv[rows, :, places] = qkv[:, self.heads :]
             q = qkv[:, : self.heads].unflatten(1, (self.kv_heads, -1))  # (n, K, H / K, D)
-            k, v = kv[:n, : self.kv_heads, :longest], kv[:n, self.kv_heads :, :longest]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-            x = x + linear(out.reshape(n, width), *wo)
+            out = [self._attend(q[run], kv[run, :, :length]) for run, length in runs]
+            x = x + linear((out[0] if len(out) == 1 else torch.cat(out)).reshape(n, width), *wo)
             gate, up = linear(_norm(x, ffn_norm), *w13).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, *w2)
         cache.lengths = [length + 1 for length in cache.lengths]
         return linear(_norm(x, model.norm), *self.output)
+
+    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q (n, K, H / K, D) over all of kv (n, 2 K, T, D)."""
+        return F.scaled_dot_product_attention(q, kv[:, : self.kv_heads], kv[:, self.kv_heads :])
 
     def _places(self, cache: RowCache, same: bool, device: torch.device):
         """Where the new keys and values go: a slice and one place, or an index pair for unequal rows."""
@@ -114,6 +117,20 @@ class DecodeStep:
         cos, sin = self.model.rotary_tables.on(device, longest)
         places = torch.tensor(lengths, device=device)
         return torch.complex(cos[places], sin[places])[:, None]
+
+
+def _runs(lengths: list[int]) -> list[tuple[slice, int]]:
+    """Neighbouring rows of one length, and that length with the new token.
+
+    Each run attends by itself and not under a mask: the sum over more places, be they masked, rounds another
+    way, and in bf16 a row would then depend on its neighbours.
+    """
+    runs, start = [], 0
+    for length, rows in itertools.groupby(lengths):
+        stop = start + len(list(rows))
+        runs.append((slice(start, stop), length + 1))
+        start = stop
+    return runs
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:

@@ -68,9 +68,10 @@ def test_fusing_leaves_the_model_whole():
     assert torch.equal(model.layers[0].attention.wq.weight, wq)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_prompt_in_a_batch_gets_what_it_gets_alone(temperature):
-    model = small_model()
+def test_a_prompt_in_a_batch_gets_what_it_gets_alone(temperature, dtype):
+    model = small_model().to(dtype)
     prompts = [tokens(length, seed=length) for length in (3, 17, 8, 8, 1, 30)]
     settings = {"max_new_tokens": 25, "temperature": temperature, "seed": 11, "top_k": 0, "top_p": 1.0}
     together = generate(model, prompts, **settings)
