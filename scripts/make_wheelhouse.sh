@@ -58,7 +58,7 @@ sys.exit(bool(pulled))
 PYTHON
 fi
 echo "collecting the other packages"
-lists=(-r "$LISTS/torch.txt" -r "$LISTS/build.txt" -r "$LISTS/core.txt" -r "$LISTS/dev.txt")
+lists=(-r "$LISTS/torch.txt" -r "$LISTS/build.txt" -r "$LISTS/core.txt" -r "$LISTS/extras.txt" -r "$LISTS/dev.txt")
 if [ "$device" = npu ]; then lists+=(-r "$LISTS/npu.txt"); fi
 "${pip[@]}" download -qq "${target[@]}" --find-links "$dir" -d "$dir" "${lists[@]}"
 

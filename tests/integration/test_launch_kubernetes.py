@@ -1,11 +1,14 @@
 """Protects: the PyTorchJob manifest: its structure, and that its command trains as the operator starts it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import launch_helpers as helpers
+import pytest
 import yaml
 
 from aquila.launch.nodes import free_port
@@ -34,6 +37,38 @@ def test_structure() -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         shutdown = next(i["value"] for i in container["env"] if i["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
         assert int(shutdown) < pod["terminationGracePeriodSeconds"]
+
+
+def misfits(value: Any, kind: str, place: str) -> list[str]:
+    """Where a value differs from the operator's own schema (its Python client's, and Kubernetes's)."""
+    client, training = (
+        pytest.importorskip(name) for name in ("kubernetes.client", "kubeflow.training.models")
+    )
+    if inner := re.fullmatch(r"list\[(.*)\]", kind):
+        if not isinstance(value, list):
+            return [f"{place}: not a list"]
+        return [m for i, item in enumerate(value) for m in misfits(item, inner[1], f"{place}[{i}]")]
+    if inner := re.fullmatch(r"dict\((?:str), (.*)\)", kind):
+        return [m for key, item in value.items() for m in misfits(item, inner[1], f"{place}.{key}")]
+    plain = {"str": str, "int": int, "bool": bool, "object": object}
+    if kind in plain:
+        # A quantity (object or str in the client) may be a number as well.
+        fits = isinstance(value, plain[kind]) or (".limits." in place and isinstance(value, int))
+        return [] if fits else [f"{place}: {value!r} is no {kind}"]
+    model = getattr(training, kind, None) or getattr(client, kind)
+    names = {key: attribute for attribute, key in model.attribute_map.items()}
+    found = [f"{place}: unknown key {key}" for key in value if key not in names]
+    for key in value.keys() & names.keys():
+        found += misfits(value[key], model.openapi_types[names[key]], f"{place}.{key}")
+    return found
+
+
+def test_every_field_is_the_operator_s_schema_s() -> None:
+    job = load()
+    assert misfits(job, "KubeflowOrgV1PyTorchJob", "job") == []
+    job["spec"]["nprocPerNode"] = 8
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["comand"] = ["x"]
+    assert len(misfits(job, "KubeflowOrgV1PyTorchJob", "job")) == 3  # Master and Worker are one pod
 
 
 def test_the_manifest_s_command_trains_on_two_pods(tmp_path: Path) -> None:
