@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("hostfile", help="one node per line: host slots=N")
     parser.add_argument("config", help="YAML file; a bare name is looked for in configs/")
     parser.add_argument("model", help="a folder under checkpoints_in/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="override the YAML file"
+    )
     arguments = parser.parse_args()
     hostfile = find_file(arguments.hostfile)
     with calling(hostfile) as group:

@@ -40,7 +40,9 @@ def _parse() -> argparse.Namespace:
         sub.add_argument("config", help="YAML file; a bare name is looked for in configs/")
         sub.add_argument("model", help="a folder under checkpoints_in/")
         sub.add_argument("experiment", help="name of the folder under checkpoints_out/")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="override the YAML file")
+        sub.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="override the YAML file"
+        )
         sub.add_argument("--wait", action="store_true", help="stay until training ends, return its status")
         sub.add_argument("--dry-run", action="store_true", help="print the configuration, start nothing")
         sub.add_argument(

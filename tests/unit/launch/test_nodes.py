@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -70,3 +72,11 @@ def test_what_is_forwarded_is_training_s_own(monkeypatch: pytest.MonkeyPatch) ->
     assert forwarded["NCCL_DEBUG"] == "INFO"
     assert "SECRET_TOKEN" not in forwarded
     assert "PATH" not in forwarded or os.environ["PATH"] == ""
+
+
+def test_words_that_are_missing_are_named_and_no_others() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aquila.launch", "dist", "hostfile"], text=True, capture_output=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("required: config, model, experiment")
