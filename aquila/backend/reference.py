@@ -159,8 +159,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_gradient(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
-    """out = beta out + slope^T x, in place: out (N, K), slope (T, N), x (T, K), beta 0 or 1."""
-    out.addmm_(slope.t(), x, beta=beta)
+    """out = beta out + slope^T x, in place: out (N, K), slope (T, N), x (T, K), beta 0 or 1.
+
+    `out` may be fp32 where the others are narrower.
+    """
+    if out.dtype == x.dtype:
+        out.addmm_(slope.t(), x, beta=beta)
+    elif x.dtype == torch.float16:  # a sum over tokens may leave fp16's range
+        out.addmm_(slope.t().float(), x.float(), beta=beta)
+    else:
+        product = slope.t() @ x
+        out.add_(product) if beta else out.copy_(product)
 
 
 def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ constexpr int64_t DEPTH = 512;  // tokens a block: two panels of x stay in the f
 constexpr int64_t PAD = 32;     // rows a power of two apart would share few places of a cache
 constexpr int64_t LEFT = DEPTH + PAD;
 
-void gradient(const bf16* y, int64_t y_row, const bf16* x, bf16* w, int64_t tokens, int64_t outputs,
+template <class W>
+void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens, int64_t outputs,
               int64_t inputs, bool add, int threads) {
     const int64_t deep = (tokens + 31) / 32 * 32;
     Buffer<bf16> packed(deep * inputs);
@@ -36,7 +37,7 @@ void gradient(const bf16* y, int64_t y_row, const bf16* x, bf16* w, int64_t toke
                 multiply(left, LEFT, packed + 16 * t, 16 * deep, sums, inputs + PAD, (own + 31) / 32 * 32, inputs, now, t > 0);
             }
             for (int64_t i = 0; i < own; i++) {
-                bf16* to = w + (o + i) * inputs;
+                W* to = w + (o + i) * inputs;
                 const float* from = sums + i * (inputs + PAD);
                 if (add)
                     for (int64_t c = 0; c < inputs; c++) store(to + c, float(to[c]) + from[c]);
@@ -53,10 +54,12 @@ extern "C" {
 int weight_gradient_available() { return tiles_allowed(); }
 
 // w (outputs, inputs) = y^T x, or += with `add`; inputs: a multiple of 32. y's rows are y_row elements apart.
-void weight_gradient(const void* y, int64_t y_row, const void* x, void* w, int64_t tokens, int64_t outputs,
+// w is bf16 or, where `wide` is not 0, fp32.
+void weight_gradient(const void* y, int64_t y_row, const void* x, void* w, int wide, int64_t tokens, int64_t outputs,
                      int64_t inputs, int add, int threads) {
 #if defined(TILES)
-    gradient((const bf16*)y, y_row, (const bf16*)x, (bf16*)w, tokens, outputs, inputs, add, threads);
+    if (wide) gradient((const bf16*)y, y_row, (const bf16*)x, (float*)w, tokens, outputs, inputs, add, threads);
+    else gradient((const bf16*)y, y_row, (const bf16*)x, (bf16*)w, tokens, outputs, inputs, add, threads);
 #endif
 }
 }

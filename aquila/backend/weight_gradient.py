@@ -46,20 +46,19 @@ class _Linear(torch.autograd.Function):
 
 def add(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
     """As `reference.add_weight_gradient`; summed in fp32, rounded once a call."""
-    alike = all(t.dtype == torch.bfloat16 for t in (out, slope, x)) and x.shape[0] > 0
-    if not (alike and x.shape[1] % 32 == 0 and out.is_contiguous() and slope.stride(1) == 1 and available()):
+    narrow = all(t.dtype == torch.bfloat16 for t in (slope, x)) and out.dtype in (
+        torch.bfloat16,
+        torch.float32,
+    )
+    dense = out.is_contiguous() and slope.stride(1) == 1 and x.shape[0] > 0 and x.shape[1] % 32 == 0
+    if not (narrow and dense and available()):
         return reference.add_weight_gradient(out, slope, x, beta)
     x = x.contiguous()
     kernel = native.library("weight_gradient.cpp").weight_gradient
     kernel.restype = None
-    kernel.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        *[ctypes.c_void_p] * 2,
-        *[ctypes.c_int64] * 3,
-        *[ctypes.c_int] * 2,
-    ]
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    kernel.argtypes = [pointer, size, pointer, pointer, flag, size, size, size, flag, flag]
     kernel(
-        slope.data_ptr(), slope.stride(0), x.data_ptr(), out.data_ptr(),
+        slope.data_ptr(), slope.stride(0), x.data_ptr(), out.data_ptr(), int(out.dtype == torch.float32),
         *slope.shape, x.shape[1], beta, torch.get_num_threads(),
     )  # fmt: skip

@@ -122,13 +122,7 @@ class _Gradients:
             torch.mm(logits_grad, weight, out=self.hidden[part])
         if self.weight is None:
             return
-        if self.weight.dtype == hidden.dtype:
-            self.backend.add_weight_gradient(self.weight, logits_grad, hidden, int(self.started))
-        elif hidden.dtype == torch.float16:  # a sum over tokens may leave fp16's range
-            self.weight.addmm_(logits_grad.t().float(), hidden.float(), beta=int(self.started))
-        else:
-            product = logits_grad.t() @ hidden
-            self.weight.add_(product) if self.started else self.weight.copy_(product)
+        self.backend.add_weight_gradient(self.weight, logits_grad, hidden, int(self.started))
         self.started = True
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -16,16 +16,19 @@ needs_tiles = pytest.mark.skipif(
     [(1, 5, 32), (2, 16, 32), (33, 64, 96), (512, 130, 64), (513, 127, 64), (1100, 77, 32)],
 )
 @pytest.mark.parametrize("beta", [0, 1])
-def test_it_is_the_exact_sum(tokens, outputs, inputs, beta):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_is_the_exact_sum(tokens, outputs, inputs, beta, dtype):
     g = torch.Generator().manual_seed(tokens)
     slope = torch.randn(tokens, outputs + 3, generator=g).bfloat16()[:, :outputs]  # rows of a wider matrix
     x = torch.randn(tokens, inputs, generator=g).bfloat16()
-    out = torch.randn(outputs, inputs, generator=g).bfloat16()
+    out = torch.randn(outputs, inputs, generator=g).to(dtype)
     exact = slope.double().T @ x.double() + beta * out.double()
     if not beta:
         out.fill_(float("nan"))  # whatever was there must not come in
     weight_gradient.add(out, slope, x, beta)
-    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5 * tokens**0.5)
+    torch.testing.assert_close(
+        out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5 * tokens**0.5
+    )
 
 
 @pytest.mark.parametrize(
