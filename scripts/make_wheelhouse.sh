@@ -37,6 +37,7 @@ target+=(--platform "manylinux2014_$platform" --platform "linux_$platform")
 echo "building deepspeed"
 DS_BUILD_OPS=0 PATH="$PROJECT/.venv/bin:$PATH" "${pip[@]}" wheel -qq --no-deps --no-build-isolation -w "$dir" \
     "$(grep '^deepspeed==' "$LISTS/core.txt")"
+"${pip[@]}" wheel -qq --no-deps --no-build-isolation -w "$dir" -r "$LISTS/unbuilt.txt"
 echo "collecting torch for $device, $platform, Python $version"
 torch_from=()
 if [ -n "${TORCH_INDEX_URL:-}" ]; then torch_from=(--index-url "$TORCH_INDEX_URL"); fi

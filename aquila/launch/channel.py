@@ -22,7 +22,7 @@ from aquila.launch.rank import die_with_parent
 SSH_OPTIONS = (
     "-T",
     "-oBatchMode=yes",  # a question for a password or a new host key cannot be answered here
-    "-oConnectTimeout=8",
+    "-oConnectTimeout=6",
     "-oServerAliveInterval=5",
     "-oServerAliveCountMax=6",
 )
