@@ -34,8 +34,11 @@ class Setup:
     checkpointed_layers: int = 0
     gradient_accumulation_steps: int = 1
     attention: str = "fused"
-    fused_norms: bool = True
-    """The norm keeps its input in the training dtype (accelerators), not a copy in fp32 (CPU)."""
+    one_pass: bool = False
+    """The gate keeps no silu, and cosines and sines are those of all layers (a CPU's compiled passes).
+
+    A CPU without a compiler keeps more: fp32 copies of the norms' inputs.
+    """
     bucket: float = REDUCE_BUCKET
     lazy_buffers: bool = False
     """Memory counts when it is written (CPU), not when it is reserved."""
@@ -183,12 +186,12 @@ def layer_activations(model: ModelConfig, setup: Setup) -> float:
     """Bytes that one layer keeps for backward when it is not recomputed."""
     b, tokens, dim = setup.dtype_bytes, setup.tokens, model.dim
     kv_dim = model.kv_heads * model.head_dim
-    # Two norms: input and output; unfused also the fp32 input and the scaled one.
-    norms = 2 * ((2 * b * dim if setup.fused_norms else 4 * dim + 2 * b * dim) + 4)
+    norms = 2 * (2 * b * dim + 4)  # two: input, output, and a scale in fp32
     attention = b * (dim + 2 * kv_dim) + b * dim + 4 * model.n_heads
-    feed_forward = 4 * b * model.ffn_dim
+    feed_forward = (3 if setup.one_pass else 4) * b * model.ffn_dim
     kept = tokens * (norms + attention + feed_forward)
-    kept += setup.seq_length * 8 * model.head_dim  # cosines and sines of queries and keys
+    if not setup.one_pass:
+        kept += setup.seq_length * 8 * model.head_dim  # cosines and sines of queries and keys
     return kept + _kept_scores(model, setup)
 
 
@@ -201,7 +204,7 @@ def _kept_scores(model: ModelConfig, setup: Setup) -> float:
     if triangle:
         width = (setup.seq_length + min(TRIANGLE_BLOCK, setup.seq_length)) / 2
     # Softmax in fp32; the triangle of an NPU keeps it in the training dtype alone.
-    narrow = triangle and setup.fused_norms
+    narrow = triangle and not setup.lazy_buffers
     per_score = (setup.dtype_bytes if narrow else 4) * model.n_heads
     kept = setup.seq_length * width * (per_score * setup.batch_size + 1)
     if narrow:
@@ -218,7 +221,7 @@ def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     whole = layer_activations(model, setup)
     recomputed = min(setup.checkpointed_layers, model.n_layers)
     kept = recomputed * b * tokens * model.dim + (model.n_layers - recomputed) * whole
-    kept += tokens * ((4 if not setup.fused_norms else 0) + 3 * b) * model.dim  # embedding, last norm
+    kept += tokens * 3 * b * model.dim  # embedding, last norm
     # Backward holds the gradients of a layer's widest part beside what it reads.
     gradients = tokens * b * (3 * model.ffn_dim + 2 * model.dim)
     return kept, gradients + (whole if recomputed else 0)
@@ -282,7 +285,7 @@ def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool, triangle: bool
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         attention=attention_of(run.attention, model, triangle),
-        fused_norms=not on_cpu,
+        one_pass=on_cpu,
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,

@@ -39,7 +39,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision: str, kv_heads
         n: saved_bytes(AquilaModel(config.model_copy(update={"n_layers": n}), dtype=dtype), 3, 96)
         for n in (1, 2)
     }
-    setup = Setup(devices=1, batch_size=3, seq_length=96, precision=precision, fused_norms=False)
+    setup = Setup(devices=1, batch_size=3, seq_length=96, precision=precision, one_pass=True)
     assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.02)
 
 
@@ -56,7 +56,13 @@ def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: in
         for n in (1, 2)
     }
     setup = Setup(
-        devices=1, batch_size=2, seq_length=1024, precision=precision, fused_norms=False, attention=kind
+        devices=1,
+        batch_size=2,
+        seq_length=1024,
+        precision=precision,
+        one_pass=True,
+        attention=kind,
+        lazy_buffers=True,
     )
     assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.05)
 
