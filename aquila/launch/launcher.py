@@ -88,9 +88,10 @@ class Follow:
             for line in lines:
                 yield json.loads(line)
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, number: int, *_: object) -> None:
         self.interrupts += 1
-        if self.interrupts == 1 and self.stepped:
+        # Before the first step Ctrl-C has nothing to save; SIGTERM is a scheduler's, and may be a step late.
+        if self.interrupts == 1 and (self.stepped or number == signal.SIGTERM):
             self.display.text("stopping: a checkpoint is saved first; once more to kill at once")
             self.controller.send_signal(signal.SIGTERM)
         else:

@@ -106,6 +106,18 @@ def test_a_rank_that_has_saved_waits_for_one_that_is_saving(project: Path) -> No
     helpers.assert_nothing_left(project)
 
 
+def test_sigterm_saves_though_no_step_has_been_seen(project: Path) -> None:
+    """As when a scheduler takes the node back: the first steps may be done and not yet be known here."""
+    process = helpers.start_launch(project, helpers.standin_request(steps=9, seconds=2))
+    run_dir = helpers.wait_for(lambda: helpers.versions(project))[0]
+    log = run_dir / "logs" / "localhost-rank-0001.log"
+    helpers.wait_for(lambda: log.exists() and "starts after" in log.read_text())
+    process.send_signal(15)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    helpers.assert_nothing_left(project)
+
+
 def test_a_second_ctrl_c_kills_ranks_that_do_not_answer(project: Path) -> None:
     request = helpers.standin_request(overrides=["rank1=hang"], **WITH_STOP)
     process = helpers.start_launch(project, request)
