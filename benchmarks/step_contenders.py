@@ -28,7 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 from aquila.backend import get_backend  # noqa: E402
 from aquila.config import Device, ModelConfig, load_run_config  # noqa: E402
 from aquila.model import AquilaModel, hf  # noqa: E402
-from aquila.training.lean import adamw, blocks  # noqa: E402
+from aquila.training.lean import blocks  # noqa: E402
 from aquila.training.settings import parameter_groups  # noqa: E402
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -109,14 +109,15 @@ def ours_alone(settings: SimpleNamespace) -> tuple[Step, str]:
         total = torch.zeros((), dtype=torch.float64, device=settings.device)
         for weight, *_ in states:
             for block, _ in blocks([weight.grad]):
-                total += torch.linalg.vector_norm(block.double()).square()
+                total += settings.backend.square_sum(block)
         factor = min(1.0, CLIP / (total.sqrt().item() + 1e-6))
         for weight, master, (first, second, count), options in states:
             count += 1
             flat = weight.view(-1)
             for block, start in blocks([weight.grad]):
                 part = slice(start, start + block.numel())
-                adamw(flat[part], master[part], block, (first[part], second[part], count), options, factor)
+                moments = first[part], second[part], count
+                settings.backend.adamw(flat[part], master[part], block, moments, options, factor)
             weight.grad = None
 
     def step(tokens: Tensor, labels: Tensor) -> float:

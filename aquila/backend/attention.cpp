@@ -137,8 +137,11 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
 #pragma omp parallel num_threads(s.threads)
     {
         Tiles tiles;
-        Buffer<bf16> key_rows(keys * dim), values(dim * keys), query(queries * dim), weights(BLOCK * BLOCK);
-        Buffer<float> scores(BLOCK * BLOCK), sums(dim * BLOCK);
+        static thread_local Memory memory;
+        memory.start((2 * keys + queries) * dim * sizeof(bf16) + BLOCK * BLOCK * 6 + dim * BLOCK * sizeof(float));
+        bf16 *key_rows = memory.take<bf16>(keys * dim), *values = memory.take<bf16>(dim * keys);
+        bf16 *query = memory.take<bf16>(queries * dim), *weights = memory.take<bf16>(BLOCK * BLOCK);
+        float *scores = memory.take<float>(BLOCK * BLOCK), *sums = memory.take<float>(dim * BLOCK);
         alignas(64) float inverse[BLOCK];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.kv_heads; task++) {
@@ -210,11 +213,17 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
 #pragma omp parallel num_threads(s.threads)
     {
         Tiles tiles;
-        Buffer<bf16> key_rows(high * dim), value_rows(high * dim), keys_turned(high * dim), query_turned(high * dim);
-        Buffer<bf16> query_pairs(high * dim), grad_turned(high * dim), grad_pairs(high * dim);
-        Buffer<bf16> p_rows(BLOCK * BLOCK), ds_rows(BLOCK * BLOCK), ds_pairs(BLOCK * BLOCK);
-        Buffer<float> scores(BLOCK * BLOCK), dp(BLOCK * BLOCK), own_lse(high), delta(high);
-        Buffer<float> sum_q(high * dim), sum_k(high * dim), sum_v(high * dim);
+        static thread_local Memory memory;
+        memory.start(high * dim * (7 * sizeof(bf16) + 3 * sizeof(float)) + BLOCK * BLOCK * (3 * 2 + 2 * 4) + 8 * high + 128);
+        const int64_t all = high * dim, square = BLOCK * BLOCK;
+        bf16 *key_rows = memory.take<bf16>(all), *value_rows = memory.take<bf16>(all);
+        bf16 *keys_turned = memory.take<bf16>(all), *query_turned = memory.take<bf16>(all);
+        bf16 *query_pairs = memory.take<bf16>(all), *grad_turned = memory.take<bf16>(all);
+        bf16 *grad_pairs = memory.take<bf16>(all), *p_rows = memory.take<bf16>(square);
+        bf16 *ds_rows = memory.take<bf16>(square), *ds_pairs = memory.take<bf16>(square);
+        float *scores = memory.take<float>(square), *dp = memory.take<float>(square);
+        float *own_lse = memory.take<float>(high), *delta = memory.take<float>(high);
+        float *sum_q = memory.take<float>(all), *sum_k = memory.take<float>(all), *sum_v = memory.take<float>(all);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.kv_heads; task++) {
             const int64_t b = task / s.kv_heads, kv = task % s.kv_heads;
@@ -236,7 +245,7 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
                     delta[i] = sum;
                     own_lse[i] = i < n ? lse[(b * s.heads + h) * n + i] : INFINITY;
                 }
-                std::memset((float*)sum_q, 0, high * dim * sizeof(float));
+                std::memset(sum_q, 0, all * sizeof(float));
                 for (int64_t i = 0; i < high / BLOCK; i++) {
                     const Seen seen(s, b, i);
                     for (int64_t j = seen.lowest / BLOCK; j <= i; j++) {

@@ -31,6 +31,8 @@ step_linear = few_rows.linear
 prepare_weight = few_rows.huge_pages
 linear = weight_gradient.linear
 add_weight_gradient = weight_gradient.add
+square_sum = passes.square_sum
+adamw = passes.adamw
 
 
 def attention(
@@ -157,5 +159,5 @@ def kernels() -> dict[str, str]:
         "rotary": row_wise,
         "swiglu": row_wise,
         "cross_entropy": "compiled, a row at a time" if fused_loss.available() else "blocked, in cache",
-        "optimizer": "torch AdamW, fused",
+        "optimizer": "AdamW, " + row_wise,
     }

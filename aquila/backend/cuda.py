@@ -14,15 +14,26 @@ from torch import Tensor
 from aquila.backend import common, reference
 from aquila.backend.reference import (
     TRIANGLE_BLOCK,
+    adamw,
     add_weight_gradient,
     linear,
     prepare_weight,
     rotary,
+    square_sum,
     step_linear,
     swiglu,
 )
 
-__all__ = ["add_weight_gradient", "linear", "prepare_weight", "rotary", "step_linear", "swiglu"]
+__all__ = [
+    "adamw",
+    "add_weight_gradient",
+    "linear",
+    "prepare_weight",
+    "rotary",
+    "square_sum",
+    "step_linear",
+    "swiglu",
+]
 
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True

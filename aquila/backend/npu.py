@@ -16,13 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from aquila.backend import common, reference
 from aquila.backend.reference import (
     TRIANGLE_BLOCK,
+    adamw,
     add_weight_gradient,
     linear,
     prepare_weight,
+    square_sum,
     step_linear,
 )
 
-__all__ = ["add_weight_gradient", "linear", "prepare_weight", "step_linear"]
+__all__ = ["adamw", "add_weight_gradient", "linear", "prepare_weight", "square_sum", "step_linear"]
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False

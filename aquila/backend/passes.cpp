@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t ROWS = 32;        // rows a partial sum of the weight's gradient covers, whatever the threads
 constexpr int64_t CHUNK = 1 << 14;  // elements a task of an elementwise pass
+constexpr int64_t PART = 1024;      // elements that a sum in fp32 covers
 
 template <class T>
 void norm(const T* x, const T* weight, T* y, float* scale, int64_t rows, int64_t dim, float eps, int threads) {
@@ -135,6 +136,51 @@ void rotary(const T* x, const float* cosines, const float* sines, T* y, int64_t 
         }
 }
 
+// The sum of squares: in fp32 over parts, in fp64 over their sums, in an order that no thread changes.
+template <class T>
+void squares(const T* x, double* out, int64_t count, int threads) {
+    const int64_t parts = (count + PART - 1) / PART;
+    std::vector<double> sums(parts);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < parts; part++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = part * PART; i < std::min(count, (part + 1) * PART); i++) sum += float(x[i]) * float(x[i]);
+        sums[part] = sum;
+    }
+    *out = 0;
+    for (double sum : sums) *out += sum;
+}
+
+struct Adam {
+    float rest1, beta2, rest2, eps;  // rest: 1 - beta
+    float decay, step_size, root;    // 1 - lr weight_decay, lr / (1 - beta1^step), sqrt(1 - beta2^step)
+    float factor;                    // of the gradient
+};
+
+// AdamW (arXiv 1711.05101) over fp32 master weights and moments; the gradient times factor; weights: their copy.
+// Operation for operation as torch's fused AdamW rounds them.
+template <class T>
+void adamw(T* weights, float* master, const T* gradient, float* first, float* second, const Adam& a, int64_t count,
+           int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < count; start += PART) {
+        const int64_t last = std::min(count, start + PART);
+        // A loop of its own, for compilers would join this product with the difference below, and round once.
+#pragma omp simd
+        for (int64_t i = start; i < last; i++) master[i] *= a.decay;
+#pragma omp simd
+        for (int64_t i = start; i < last; i++) {
+            const float g = float(gradient[i]) * a.factor;
+            const float m = std::fma(a.rest1, g - first[i], first[i]);
+            const float v = std::fma(a.rest2 * g, g, second[i] * a.beta2);
+            const float w = master[i] - a.step_size * m / (std::sqrt(v) / a.root + a.eps);
+            first[i] = m, second[i] = v, master[i] = w;
+            store(weights + i, w);
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                             \
@@ -157,6 +203,13 @@ void rotary(const T* x, const float* cosines, const float* sines, T* y, int64_t 
                                   int64_t positions, int64_t heads, int64_t half, int64_t batch_step,               \
                                   float direction, int threads) {                                                   \
         rotary((const T*)x, c, s, (T*)y, batch, positions, heads, half, batch_step, direction, threads);            \
+    }                                                                                                               \
+    extern "C" void squares_##NAME(const void* x, double* out, int64_t count, int threads) {                        \
+        squares((const T*)x, out, count, threads);                                                                  \
+    }                                                                                                               \
+    extern "C" void adamw_##NAME(void* weights, float* master, const void* gradient, float* first, float* second,   \
+                                 const Adam* settings, int64_t count, int threads) {                                \
+        adamw((T*)weights, master, (const T*)gradient, first, second, *settings, count, threads);                   \
     }
 
 EXPORT(bf16, bf16)

@@ -1,11 +1,13 @@
-"""The CPU's norm, gate and rotary embedding as compiled passes (`passes.cpp`); None for other dtypes."""
+"""The CPU's norm, gate, rotary embedding and optimizer as compiled passes over memory (`passes.cpp`)."""
 
 import ctypes
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aquila.backend import native
+from aquila.backend import native, reference
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -21,20 +23,22 @@ def _taken(*tensors: Tensor) -> bool:
     return alike and not torch.compiler.is_compiling() and available()
 
 
-def _call(name: str, like: Tensor, *arguments: Tensor | int | float) -> None:
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
     kernel = getattr(native.library("passes.cpp"), f"{name}_{_NAMES[like.dtype]}")
     kernel.restype = None
     kernel(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _as_c(value: Tensor | int | float) -> ctypes._SimpleCData:
+def _as_c(value: Any) -> Any:
+    if isinstance(value, ctypes.Structure | ctypes.c_double):
+        return ctypes.byref(value)
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-    """As `reference.rms_norm`."""
+    """As `reference.rms_norm`; None for other dtypes than bf16 and fp32."""
     return _Norm.apply(x, weight, eps) if _taken(x, weight) else None
 
 
@@ -58,7 +62,7 @@ class _Norm(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
-    """As `reference.swiglu`; for backward it keeps its inputs alone."""
+    """As `reference.swiglu`, or None; for backward it keeps its inputs alone."""
     return _Gated.apply(gate, up) if _taken(gate, up) else None
 
 
@@ -81,7 +85,7 @@ class _Gated(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    """As `reference.rotary`."""
+    """As `reference.rotary`, or None."""
     return _Rotary.apply(x, cos.contiguous(), sin.contiguous()) if _taken(x) else None
 
 
@@ -106,3 +110,49 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     step = positions * dim // 2 if cos.shape[0] > 1 else 0
     _call("rotary", x, x, cos, sin, y, batch, positions, heads, dim // 2, step, direction)
     return y
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """As `reference.square_sum`: squares and short sums in fp32, their sum in fp64."""
+    if not (_taken(x) and x.is_contiguous()):
+        return reference.square_sum(x)
+    total = ctypes.c_double()
+    _call("squares", x, x, total, x.numel())
+    return torch.tensor(total.value, dtype=torch.float64)
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("rest1", "beta2", "rest2", "eps", "decay", "step_size", "root", "factor")
+    ]
+
+
+_LANES = 16  # torch computes what remains of these in fp64
+
+
+def adamw(
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    settings: dict[str, Any],
+    factor: float,
+) -> None:
+    """As `reference.adamw`, bit for bit."""
+    exp_avg, exp_avg_sq, step = moments
+    dense = all(x.is_contiguous() for x in (weights, master, gradient, exp_avg, exp_avg_sq))
+    whole = master.numel() // _LANES * _LANES
+    if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
+        whole = 0
+    if whole:
+        beta1, beta2 = settings["betas"]
+        steps, rate = step.item(), settings["lr"]
+        values = _Adam(
+            1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
+            rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
+        )  # fmt: skip
+        _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
+    if whole < master.numel():
+        rest = [x[whole:] for x in (weights, master, gradient, exp_avg, exp_avg_sq)]
+        reference.adamw(*rest[:3], (*rest[3:], step), settings, factor)

@@ -5,6 +5,7 @@ V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tes
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,6 +206,38 @@ def cross_entropy_(
 
 
 # ---- optimizer and machine -------------------------------------------------------------------------------
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of a tensor's squares: a scalar in fp64, for it must not depend on how x was cut."""
+    return torch.linalg.vector_norm(x.double()).square()
+
+
+def adamw(
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    settings: dict[str, Any],
+    factor: float,
+) -> None:
+    """One AdamW step (arXiv 1711.05101) of flat fp32 `master` and its copy in the training dtype, `weights`.
+
+    gradient: in the training dtype, multiplied by `factor` in fp32. moments: exp_avg, exp_avg_sq (fp32, flat)
+    and the step, already counted. settings: a group of the optimizer.
+    """
+    wide = gradient.to(master.dtype)
+    if factor != 1.0:
+        wide = wide * factor if wide is gradient else wide.mul_(factor)
+    exp_avg, exp_avg_sq, step = moments
+    beta1, beta2 = settings["betas"]
+    torch._fused_adamw_(
+        [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
+        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
+        eps=settings["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
+    weights.copy_(master)
+
 
 OPTIMIZERS = ("torch",)
 COMMUNICATION = "gloo"

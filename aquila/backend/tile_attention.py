@@ -22,11 +22,16 @@ class _Shape(ctypes.Structure):
     ]
 
 
-@torch.compiler.assume_constant_result
+_found: bool | None = None
+
+
 def available() -> bool:
     """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
-    library = native.library("attention.cpp")
-    return library is not None and bool(library.attention_available())
+    global _found
+    if _found is None and not torch.compiler.is_compiling():  # a tracer could not follow; it finds the answer
+        library = native.library("attention.cpp")
+        _found = library is not None and bool(library.attention_available())
+    return bool(_found)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:

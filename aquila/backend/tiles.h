@@ -45,19 +45,29 @@ class Tiles {
     Tiles(const Tiles&) = delete;
 };
 
-// Memory on a cache line's border, not yet filled.
-template <class T>
-class Buffer {
-    T* data_;
+// A thread's working memory, on a cache line's border, not filled. A thread that comes again finds what it had:
+// fresh memory would be faulted in page by page at every call.
+class Memory {
+    char* data_ = nullptr;
+    int64_t size_ = 0, used_ = 0;
 
    public:
-    explicit Buffer(int64_t count) {
-        data_ = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+    ~Memory() { std::free(data_); }
+    // Forgets what was taken, and makes room for `bytes` in all.
+    void start(int64_t bytes) {
+        used_ = 0;
+        if (bytes <= size_) return;
+        std::free(data_);
+        data_ = (char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        size_ = data_ ? bytes : 0;
         if (!data_) throw std::bad_alloc();
     }
-    ~Buffer() { std::free(data_); }
-    Buffer(const Buffer&) = delete;
-    operator T*() const { return data_; }
+    template <class T>
+    T* take(int64_t count) {
+        T* start = (T*)(data_ + used_);
+        used_ += (count * sizeof(T) + 63) / 64 * 64;
+        return start;
+    }
 };
 
 // c (m, n) = a (m, k) b (k, n), or += with `add`. m and n are multiples of 32, as is k; `panel` counts the

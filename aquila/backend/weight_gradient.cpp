@@ -17,12 +17,16 @@ template <class W>
 void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens, int64_t outputs,
               int64_t inputs, bool add, int threads) {
     const int64_t deep = (tokens + 31) / 32 * 32;
-    Buffer<bf16> packed(deep * inputs);
+    static thread_local Memory shared;
+    shared.start(deep * inputs * sizeof(bf16));
+    bf16* packed = shared.take<bf16>(deep * inputs);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Buffer<bf16> left(ROWS * LEFT);
-        Buffer<float> sums(ROWS * (inputs + PAD));
+        static thread_local Memory memory;
+        memory.start(ROWS * (LEFT * sizeof(bf16) + (inputs + PAD) * sizeof(float)) + 128);
+        bf16* left = memory.take<bf16>(ROWS * LEFT);
+        float* sums = memory.take<float>(ROWS * (inputs + PAD));
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < inputs; c += 16) pack(x + c, inputs, tokens, 16, deep, packed + c * deep);
 #pragma omp for schedule(dynamic)

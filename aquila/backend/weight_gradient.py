@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from aquila.backend import native, reference
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
     library = native.library("weight_gradient.cpp")

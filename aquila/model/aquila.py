@@ -242,6 +242,7 @@ class AquilaModel(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """`torch.compile` for each layer on its own; names of parameters stay as they are."""
+        get_backend(self.norm.weight.device.type).kernels()  # are looked for outside of any tracing
         for layer in self.layers:
             layer.compile(**options)
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aquila.backend import get_backend
+
 BLOCK = {"cpu": 1 << 19}
 """Elements a block: with master weights and both moments within two cores' caches."""
 LARGE_BLOCK = 1 << 26
@@ -47,6 +49,7 @@ class _LeanStep:
 
     def __init__(self, zero: Any, original_step: Any) -> None:
         self.zero, self.original_step = zero, original_step
+        self.backend = get_backend(torch.device(zero.device).type)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -77,7 +80,7 @@ class _LeanStep:
         total = torch.zeros((), dtype=torch.float64, device=self.zero.device)
         for gradients in self.zero.averaged_gradients.values():
             for block, _ in blocks(gradients):
-                total += torch.linalg.vector_norm(block.double()).square()
+                total += self.backend.square_sum(block)
         total = total.float()  # as DeepSpeed sends it; not every communication library sums fp64
         dist.all_reduce(total, group=self.zero.dp_process_group)
         return total.sqrt()
@@ -100,7 +103,7 @@ class _LeanStep:
         for block, start in blocks(zero.averaged_gradients[group]):
             part = slice(start, start + block.numel())
             moments = state["exp_avg"][part], state["exp_avg_sq"][part], state["step"]
-            adamw(weights.data[part], master.data[part], block, moments, settings, factor)
+            self.backend.adamw(weights.data[part], master.data[part], block, moments, settings, factor)
 
     def _gather(self) -> None:
         """Every rank's part of the new weights, to every rank."""
@@ -110,32 +113,6 @@ class _LeanStep:
             if dist.get_world_size(ranks) > 1:
                 part = zero.parallel_partitioned_bit16_groups[group][dist.get_rank(ranks)]
                 dist.all_gather_into_tensor(whole, part, group=ranks)
-
-
-def adamw(
-    weights: Tensor,
-    master: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, Any],
-    factor: float,
-) -> None:
-    """One AdamW step of a flat block: fp32 `master` and its copy in the training dtype, `weights`.
-
-    gradient: in the training dtype, multiplied by `factor` in fp32. moments: exp_avg, exp_avg_sq (fp32, flat)
-    and the step, already counted. settings: a group of the optimizer.
-    """
-    wide = gradient.to(master.dtype)
-    if factor != 1.0:
-        wide.mul_(factor)
-    exp_avg, exp_avg_sq, step = moments
-    beta1, beta2 = settings["betas"]
-    torch._fused_adamw_(
-        [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
-        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
-        eps=settings["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
-    weights.copy_(master)
 
 
 def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aquila.backend import passes, reference
+from aquila.backend import cpu, passes, reference
 
 needs_passes = pytest.mark.skipif(not passes.available(), reason="no C++ compiler on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -118,3 +118,43 @@ def test_other_dtypes_are_left_to_the_definition():
     x = torch.ones(2, 32, dtype=torch.float64)
     assert passes.rms_norm(x, x[0], 1e-5) is None
     assert passes.swiglu(x, x) is None
+
+
+@pytest.mark.parametrize("way", [reference, cpu], ids=["definition", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rate", "decay", "factor"), [(1e-2, 0.1, 0.3), (2e-4, 0.1, 1.0), (1e-3, 0.0, 0.77)])
+def test_a_step_in_pieces_is_torchs_adamw_over_master_weights(way, dtype, rate, decay, factor):
+    g = torch.Generator().manual_seed(0)
+    weights = (0.02 * torch.randn(217, 31, generator=g)).to(dtype)
+    expected = torch.nn.Parameter(weights.float().view(-1).clone())
+    settings = {"lr": rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
+    optimizer = torch.optim.AdamW([expected], fused=True, **settings)
+    master = expected.detach().clone()
+    first, second, step = torch.zeros_like(master), torch.zeros_like(master), torch.zeros(())
+    for _ in range(4):
+        gradient = (1e-3 * torch.randn(217 * 31, generator=g)).to(dtype)
+        kept = gradient.clone()
+        expected.grad = gradient.float() * factor
+        optimizer.step()
+        step += 1
+        for part in (slice(0, 4096), slice(4096, None)):
+            moments = first[part], second[part], step
+            way.adamw(weights.view(-1)[part], master[part], gradient[part], moments, settings, factor)
+        assert torch.equal(gradient, kept)
+    assert torch.equal(master, expected.detach())
+    assert torch.equal(weights.view(-1), expected.detach().to(dtype))
+    state = optimizer.state[expected]
+    assert torch.equal(first, state["exp_avg"])
+    assert torch.equal(second, state["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("way", [reference, cpu], ids=["definition", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 1000, 1025, 3_000_001])
+def test_the_sum_of_squares(way, dtype, count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    total = way.square_sum(x)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, x.double().square().sum(), rtol=1e-6, atol=0)
+    x[count // 2] = float("inf")
+    assert not way.square_sum(x).isfinite()
