@@ -29,7 +29,7 @@ for package in ("torch", "torch_npu", "deepspeed", "megatron-core", "numpy"):
         continue
 for library in ("cuda", "hip", "xpu"):
     if getattr(torch.version, library, None):
-        versions[library] = getattr(torch.version, library)
+        versions[library.upper()] = getattr(torch.version, library)
 toolkit = os.environ.get("ASCEND_HOME_PATH")
 if toolkit:
     for name in ("version.cfg", "version.info", "ascend_toolkit_install.info"):
@@ -103,10 +103,10 @@ def mismatches(facts: dict[str, Any]) -> list[str]:
             "torch_npu is there, but CANN is not set up (ASCEND_HOME_PATH is empty); source its set_env.sh "
             "in the login shell's profile"
         )
-    if facts.get("unseen") and "cuda" in versions:
+    if facts.get("unseen") and "CUDA" in versions:
         problems.append(
             f"{', '.join(facts['unseen'])} is there, but torch sees no GPU; is the driver older than what "
-            f"CUDA {versions['cuda']} of this torch needs, or CUDA_VISIBLE_DEVICES empty?"
+            f"CUDA {versions['CUDA']} of this torch needs, or CUDA_VISIBLE_DEVICES empty?"
         )
     return problems
 

@@ -10,7 +10,7 @@ def facts(versions: dict[str, str], **more: object) -> dict:
 def test_what_goes_together() -> None:
     assert mismatches(facts({"torch": "2.13.0+cpu"})) == []
     assert mismatches(facts({"torch": "2.13.0", "torch_npu": "2.13.0.post1"}, toolkit=True)) == []
-    assert mismatches(facts({"torch": "2.13.0", "cuda": "13.0"})) == []  # a laptop with PyPI's torch
+    assert mismatches(facts({"torch": "2.13.0", "CUDA": "13.0"})) == []  # a laptop with PyPI's torch
 
 
 def test_a_torch_npu_for_another_torch() -> None:
@@ -24,6 +24,6 @@ def test_an_npu_without_cann() -> None:
 
 
 def test_a_gpu_that_torch_does_not_see() -> None:
-    (problem,) = mismatches(facts({"torch": "2.13.0", "cuda": "13.0"}, unseen=["/dev/nvidia0"]))
+    (problem,) = mismatches(facts({"torch": "2.13.0", "CUDA": "13.0"}, unseen=["/dev/nvidia0"]))
     assert "driver" in problem
     assert "CUDA 13.0" in problem
