@@ -118,7 +118,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), help="instead of the preset's")
     for name in ("batch", "seq", "rounds", "recompute"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--steps", type=int, default=1, help="in a turn; default: %(default)s")
+    # More than one, for the first finds the caches full of another contender's tensors.
+    parser.add_argument(
+        "--steps", type=int, default=3, help="in a turn, of which the median counts; default: %(default)s"
+    )
     parser.add_argument("--threads", type=int, help="of each contender; default: torch's choice")
     parser.add_argument("--contenders", nargs="+", help=f"ours, {', '.join(THEIRS + LITGPT)}[-compiled]")
     parser.add_argument("--compile-ours", action="store_true", help="compiled blocks on a CPU, too")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquila.backend import common, few_rows, fused_loss, passes, reference, tile_attention, weight_gradient
+from aquila.backend import common, few_rows, fused_loss, passes, reference, tile_attention, tile_products
 from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "gloo"
@@ -29,8 +29,9 @@ OPTIMIZERS = ("torch",)
 attention_kind = common.fused_or_same
 step_linear = few_rows.linear
 prepare_weight = few_rows.huge_pages
-linear = weight_gradient.linear
-add_weight_gradient = weight_gradient.add
+linear = tile_products.linear
+add_weight_gradient = tile_products.add
+long_product = tile_products.long_product
 square_sum = passes.square_sum
 adamw = passes.adamw
 

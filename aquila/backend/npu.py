@@ -19,12 +19,21 @@ from aquila.backend.reference import (
     adamw,
     add_weight_gradient,
     linear,
+    long_product,
     prepare_weight,
     square_sum,
     step_linear,
 )
 
-__all__ = ["adamw", "add_weight_gradient", "linear", "prepare_weight", "square_sum", "step_linear"]
+__all__ = [
+    "adamw",
+    "add_weight_gradient",
+    "linear",
+    "long_product",
+    "prepare_weight",
+    "square_sum",
+    "step_linear",
+]
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False

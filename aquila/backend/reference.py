@@ -173,6 +173,11 @@ def add_weight_gradient(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> Non
         out.add_(product) if beta else out.copy_(product)
 
 
+def long_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b for a few long rows: out (T, K), a (T, V), b (V, K), V the longest."""
+    torch.mm(a, b, out=out)
+
+
 def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x weight^T for the few rows of a generation step: x (n, K), weight (N, K), returns (n, N) of x's dtype.
 

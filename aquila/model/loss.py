@@ -119,7 +119,7 @@ class _Gradients:
     def add(self, part: slice, logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Adds one chunk; `logits_grad` (chunk, V)."""
         if self.hidden is not None:
-            torch.mm(logits_grad, weight, out=self.hidden[part])
+            self.backend.long_product(self.hidden[part], logits_grad, weight)
         if self.weight is None:
             return
         self.backend.add_weight_gradient(self.weight, logits_grad, hidden, int(self.started))

@@ -1,6 +1,7 @@
-"""Products whose weight gradient is made on a CPU's matrix tiles (`weight_gradient.cpp`).
+"""Products that a CPU's matrix tiles make faster than torch does (`tile_products.cpp`).
 
-torch's y^T x of bf16 matrices reaches half of its own speed for products that need no transpose.
+torch's y^T x of bf16 matrices reaches half of its own speed for products that need no transpose, and its
+product of a thousand rows of a hundred thousand with as many columns ran on one thread alone.
 """
 
 import ctypes
@@ -11,11 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from aquila.backend import native, reference
 
+_POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ROWS = 32  # rows of a tile: fewer a thread would leave it idle
+
 
 def available() -> bool:
     """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
-    library = native.library("weight_gradient.cpp")
-    return library is not None and bool(library.weight_gradient_available())
+    library = native.library("tile_products.cpp")
+    return library is not None and bool(library.products_available())
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,11 +57,25 @@ def add(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
     if not (narrow and dense and available()):
         return reference.add_weight_gradient(out, slope, x, beta)
     x = x.contiguous()
-    kernel = native.library("weight_gradient.cpp").weight_gradient
+    kernel = native.library("tile_products.cpp").weight_gradient
     kernel.restype = None
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    kernel.argtypes = [pointer, size, pointer, pointer, flag, size, size, size, flag, flag]
+    kernel.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _SIZE, _FLAG, _FLAG]
     kernel(
         slope.data_ptr(), slope.stride(0), x.data_ptr(), out.data_ptr(), int(out.dtype == torch.float32),
         *slope.shape, x.shape[1], beta, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def long_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """As `reference.long_product`; left to torch where one thread computes."""
+    threads = torch.get_num_threads()
+    narrow = all(t.dtype == torch.bfloat16 for t in (out, a, b)) and b.shape[1] % 32 == 0 and b.shape[0] > 0
+    dense = out.is_contiguous() and b.is_contiguous() and a.stride(1) == 1
+    if threads == 1 or a.shape[0] <= _ROWS or not (narrow and dense and available()):
+        return reference.long_product(out, a, b)
+    kernel = native.library("tile_products.cpp").long_product_bf16
+    kernel.restype = None
+    kernel.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _FLAG]
+    kernel(
+        a.data_ptr(), a.stride(0), b.data_ptr(), out.data_ptr(), a.shape[0], b.shape[1], b.shape[0], threads
+    )

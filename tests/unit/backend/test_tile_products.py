@@ -1,12 +1,12 @@
-"""The weight gradient on matrix tiles is the exact sum, rounded once; elsewhere torch makes it."""
+"""Products on matrix tiles are the exact sums, rounded once; elsewhere torch makes them."""
 
 import pytest
 import torch
 
-from aquila.backend import weight_gradient
+from aquila.backend import tile_products
 
 needs_tiles = pytest.mark.skipif(
-    not weight_gradient.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
+    not tile_products.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
 )
 
 
@@ -25,7 +25,7 @@ def test_it_is_the_exact_sum(tokens, outputs, inputs, beta, dtype):
     exact = slope.double().T @ x.double() + beta * out.double()
     if not beta:
         out.fill_(float("nan"))  # whatever was there must not come in
-    weight_gradient.add(out, slope, x, beta)
+    tile_products.add(out, slope, x, beta)
     torch.testing.assert_close(
         out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5 * tokens**0.5
     )
@@ -39,7 +39,7 @@ def test_a_linear_layer_has_torchs_gradients(dtype, inputs):
     x = torch.randn(2, 40, inputs, generator=g).to(dtype).requires_grad_()
     weight = torch.randn(24, inputs, generator=g).to(dtype).requires_grad_()
     slope = torch.randn(2, 40, 24, generator=g).to(dtype)
-    got, wanted = weight_gradient.linear(x, weight), torch.nn.functional.linear(x, weight)
+    got, wanted = tile_products.linear(x, weight), torch.nn.functional.linear(x, weight)
     assert torch.equal(got, wanted)
     pairs = zip(*(torch.autograd.grad(y, (x, weight), slope) for y in (got, wanted)), strict=True)
     for ours, torchs in pairs:
@@ -49,7 +49,7 @@ def test_a_linear_layer_has_torchs_gradients(dtype, inputs):
 def test_a_frozen_weight_gets_none_and_passes_the_gradient_on():
     x = torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 32, dtype=torch.bfloat16)
-    weight_gradient.linear(x, weight).sum().backward()
+    tile_products.linear(x, weight).sum().backward()
     assert weight.grad is None
     torch.testing.assert_close(x.grad, weight.float().sum(0).bfloat16().expand(3, -1), rtol=2e-2, atol=1e-1)
 
@@ -59,6 +59,33 @@ def test_a_nan_is_not_hidden():
     slope, x = torch.ones(40, 32, dtype=torch.bfloat16), torch.ones(40, 32, dtype=torch.bfloat16)
     slope[7, 3] = float("nan")
     out = torch.empty(32, 32, dtype=torch.bfloat16)
-    weight_gradient.add(out, slope, x, 0)
+    tile_products.add(out, slope, x, 0)
     assert out[3].isnan().all()
     assert out.isnan().sum() == 32
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(33, 5, 32), (70, 513, 96), (64, 1024, 32), (200, 2050, 64)]
+)
+def test_the_product_of_long_rows_is_the_exact_sum(rows, inner, columns, threads):
+    g = torch.Generator().manual_seed(rows)
+    a = torch.randn(rows, inner + 1, generator=g).bfloat16()[:, :inner]
+    b = torch.randn(inner, columns, generator=g).bfloat16()
+    out = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16)
+    tile_products.long_product(out, a, b)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2**-8, atol=1e-5 * inner**0.5)
+
+
+def test_other_products_are_torchs():
+    a, b, out = torch.randn(40, 50), torch.randn(50, 20), torch.empty(40, 20)
+    tile_products.long_product(out, a, b)
+    assert torch.equal(out, a @ b)
