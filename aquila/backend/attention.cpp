@@ -25,6 +25,7 @@ struct Shape {
 #if defined(TILES)
 constexpr int64_t BLOCK = 64;  // queries, and keys, a block
 constexpr int64_t PARTS = BLOCK / 16;
+constexpr int64_t PAD = 32;  // rows a power of two apart would share few places of a cache
 constexpr float NOTHING = -1e30f;
 
 inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
@@ -138,8 +139,9 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
     {
         Tiles tiles;
         static thread_local Memory memory;
-        memory.start((2 * keys + queries) * dim * sizeof(bf16) + BLOCK * BLOCK * 6 + dim * BLOCK * sizeof(float));
-        bf16 *key_rows = memory.take<bf16>(keys * dim), *values = memory.take<bf16>(dim * keys);
+        const int64_t long_row = keys + PAD;
+        memory.start((keys + long_row + queries) * dim * sizeof(bf16) + BLOCK * BLOCK * 6 + dim * BLOCK * sizeof(float));
+        bf16 *key_rows = memory.take<bf16>(keys * dim), *values = memory.take<bf16>(dim * long_row);
         bf16 *query = memory.take<bf16>(queries * dim), *weights = memory.take<bf16>(BLOCK * BLOCK);
         float *scores = memory.take<float>(BLOCK * BLOCK), *sums = memory.take<float>(dim * BLOCK);
         alignas(64) float inverse[BLOCK];
@@ -147,7 +149,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
         for (int64_t task = 0; task < s.batch * s.kv_heads; task++) {
             const int64_t b = task / s.kv_heads, kv = task % s.kv_heads;
             copy(k + b * s.k_batch + kv * s.k_head, s.k_row, s.keys, dim, keys, key_rows);
-            transpose(v + b * s.v_batch + kv * s.v_head, s.v_row, s.keys, dim, keys, values, keys);
+            transpose(v + b * s.v_batch + kv * s.v_head, s.v_row, s.keys, dim, keys, values, long_row);
             for (int64_t h = kv * groups; h < (kv + 1) * groups; h++) {
                 pack_transposed(q + b * s.q_batch + h * s.q_head, s.q_row, s.queries, dim, queries, query);
                 for (int64_t i = 0; i < queries / BLOCK; i++) {
@@ -168,7 +170,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
                                     float* at = sums + d * BLOCK + 16 * part;
                                     _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), fade[part]));
                                 }
-                        multiply(values + j * BLOCK, keys, weights, 16 * BLOCK, sums, BLOCK, dim, BLOCK, BLOCK, j > from);
+                        multiply(values + j * BLOCK, long_row, weights, 16 * BLOCK, sums, BLOCK, dim, BLOCK, BLOCK, j > from);
                     }
                     const int64_t own = std::min(BLOCK, s.queries - i * BLOCK);
                     alignas(64) float most[BLOCK], total[BLOCK];
@@ -214,10 +216,10 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
     {
         Tiles tiles;
         static thread_local Memory memory;
-        memory.start(high * dim * (7 * sizeof(bf16) + 3 * sizeof(float)) + BLOCK * BLOCK * (3 * 2 + 2 * 4) + 8 * high + 128);
-        const int64_t all = high * dim, square = BLOCK * BLOCK;
+        memory.start((high + PAD) * dim * (7 * sizeof(bf16) + 3 * sizeof(float)) + BLOCK * BLOCK * (3 * 2 + 2 * 4) + 8 * high + 128);
+        const int64_t all = high * dim, square = BLOCK * BLOCK, long_row = high + PAD;
         bf16 *key_rows = memory.take<bf16>(all), *value_rows = memory.take<bf16>(all);
-        bf16 *keys_turned = memory.take<bf16>(all), *query_turned = memory.take<bf16>(all);
+        bf16 *keys_turned = memory.take<bf16>(long_row * dim), *query_turned = memory.take<bf16>(all);
         bf16 *query_pairs = memory.take<bf16>(all), *grad_turned = memory.take<bf16>(all);
         bf16 *grad_pairs = memory.take<bf16>(all), *p_rows = memory.take<bf16>(square);
         bf16 *ds_rows = memory.take<bf16>(square), *ds_pairs = memory.take<bf16>(square);
@@ -230,7 +232,7 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
             const bf16* own_k = k + b * s.k_batch + kv * s.k_head;
             copy(own_k, s.k_row, n, dim, high, key_rows);
             copy(v + b * s.v_batch + kv * s.v_head, s.v_row, n, dim, high, value_rows);
-            transpose(own_k, s.k_row, n, dim, high, keys_turned, high);
+            transpose(own_k, s.k_row, n, dim, high, keys_turned, long_row);
             for (int64_t h = kv * groups; h < (kv + 1) * groups; h++) {
                 const bf16* own_q = q + b * s.q_batch + h * s.q_head;
                 const bf16 *own_grad = grad + b * n * row + h * dim, *own_out = out + b * n * row + h * dim;
@@ -260,7 +262,7 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
                                  BLOCK, dim, BLOCK, more);
                         multiply(ds_rows, BLOCK, query_pairs + i * BLOCK * 16, 16 * high, sum_k + j * BLOCK * dim, dim,
                                  BLOCK, dim, BLOCK, more);
-                        multiply(keys_turned + j * BLOCK, high, ds_pairs, 16 * BLOCK, sum_q + i * BLOCK * dim, BLOCK,
+                        multiply(keys_turned + j * BLOCK, long_row, ds_pairs, 16 * BLOCK, sum_q + i * BLOCK * dim, BLOCK,
                                  dim, BLOCK, BLOCK, true);
                     }
                 }
