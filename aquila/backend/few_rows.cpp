@@ -116,7 +116,8 @@ void rows(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t n
 }
 
 #if defined(TILES)
-// For more than a few x rows the products of `tile` take longer than the memory; matrix tiles do not.
+// For more than a few x rows the products of `tile` take longer than the memory; matrix tiles do not. (At one row
+// they take as long as the memory, as `tile` does.)
 // y^T = w x^T in tiles of 16 weights' rows by 32 k. x is packed once a call into pairs of k by x rows.
 
 inline const void* tile_rows(const bf16* w, int64_t k, bf16*, int64_t* stride) {
@@ -169,12 +170,12 @@ void by_tiles(const bf16* x, const W* w, const float* scale, bf16* y, int64_t m,
 }
 
 template <class W>
-bool fit_for_tiles(const bf16*, const W*, int64_t m, int64_t n, int64_t k) {
-    // Up to 4 rows of bf16 the products hide behind the memory anyhow; int8 has half of the time.
-    return m > (sizeof(W) == 1 ? 1 : 4) && n % 16 == 0 && k % 32 == 0 && tiles_allowed();
+bool fit_for_tiles(const bf16*, const W*, int64_t n, int64_t k) {
+    // Whatever m: a row's sums must not depend on how many rows come with it.
+    return n % 16 == 0 && k % 32 == 0 && tiles_allowed();
 }
 template <class W>
-bool fit_for_tiles(const float*, const W*, int64_t, int64_t, int64_t) {
+bool fit_for_tiles(const float*, const W*, int64_t, int64_t) {
     return false;
 }
 template <class W>
@@ -184,7 +185,7 @@ void by_tiles(const float*, const W*, const float*, float*, int64_t, int64_t, in
 template <class X, class W>
 void linear(const X* x, const W* w, const float* scale, X* y, int64_t m, int64_t n, int64_t k, int threads) {
 #if defined(TILES)
-    for (; fit_for_tiles(x, w, m, n, k); m -= TILE_ROWS, x += TILE_ROWS * k, y += TILE_ROWS * n)
+    for (; m > 0 && fit_for_tiles(x, w, n, k); m -= TILE_ROWS, x += TILE_ROWS * k, y += TILE_ROWS * n)
         by_tiles(x, w, scale, y, std::min<int64_t>(m, TILE_ROWS), n, k, threads);
 #endif
     for (; m > 0; m -= ROWS, x += ROWS * k, y += ROWS * n) {

@@ -108,3 +108,15 @@ def test_huge_pages_are_only_advice():
     tensor = torch.arange(3_000_000)
     few_rows.huge_pages(tensor)
     assert torch.equal(tensor, torch.arange(3_000_000))
+
+
+@pytest.mark.skipif(not few_rows.available() or not few_rows._tile_rows(), reason="no matrix tiles here")
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_is_the_same_whatever_rows_come_with_it(int8):
+    x, weight = case(16, 1024, 2048, torch.bfloat16)
+    whole = weight.bfloat16(), None
+    if int8:
+        whole = (weight * 20).to(torch.int8), torch.rand(1024)
+    alone = torch.cat([few_rows.linear(row, *whole) for row in x.split(1)])
+    for rows in (2, 3, 5, 8, 16):
+        assert torch.equal(few_rows.linear(x[:rows].contiguous(), *whole), alone[:rows])
