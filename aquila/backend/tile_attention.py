@@ -1,6 +1,6 @@
 """The CPU's bf16 attention on matrix tiles (`attention.cpp`), as torch operators.
 
-torch's own kernel takes five times as long for a forward and backward pass of 2 x 1024 tokens, and reads a
+torch's own kernel takes three times as long for a forward and backward pass of 2 x 1024 tokens, and reads a
 document mask of every query with every key; here a query's first key says as much.
 """
 
