@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquila.backend import common, few_rows, fused_loss, passes, reference, tile_attention, tile_products
+from aquila.backend import (
+    common,
+    few_rows,
+    fused_loss,
+    passes,
+    reference,
+    tile_attention,
+    tile_loss,
+    tile_products,
+)
 from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "gloo"
@@ -31,7 +40,7 @@ step_linear = few_rows.linear
 prepare_weight = few_rows.huge_pages
 linear = tile_products.linear
 add_weight_gradient = tile_products.add
-long_product = tile_products.long_product
+whole_cross_entropy = tile_loss.cross_entropy
 square_sum = passes.square_sum
 adamw = passes.adamw
 

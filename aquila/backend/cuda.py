@@ -17,24 +17,24 @@ from aquila.backend.reference import (
     adamw,
     add_weight_gradient,
     linear,
-    long_product,
     prepare_weight,
     rotary,
     square_sum,
     step_linear,
     swiglu,
+    whole_cross_entropy,
 )
 
 __all__ = [
     "adamw",
     "add_weight_gradient",
     "linear",
-    "long_product",
     "prepare_weight",
     "rotary",
     "square_sum",
     "step_linear",
     "swiglu",
+    "whole_cross_entropy",
 ]
 
 COMMUNICATION = "nccl"

@@ -19,20 +19,20 @@ from aquila.backend.reference import (
     adamw,
     add_weight_gradient,
     linear,
-    long_product,
     prepare_weight,
     square_sum,
     step_linear,
+    whole_cross_entropy,
 )
 
 __all__ = [
     "adamw",
     "add_weight_gradient",
     "linear",
-    "long_product",
     "prepare_weight",
     "square_sum",
     "step_linear",
+    "whole_cross_entropy",
 ]
 
 COMMUNICATION = "hccl"

@@ -173,11 +173,6 @@ def add_weight_gradient(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> Non
         out.add_(product) if beta else out.copy_(product)
 
 
-def long_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b for a few long rows: out (T, K), a (T, V), b (V, K), V the longest."""
-    torch.mm(a, b, out=out)
-
-
 def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x weight^T for the few rows of a generation step: x (n, K), weight (N, K), returns (n, N) of x's dtype.
 
@@ -208,6 +203,18 @@ def cross_entropy_(
         slope = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
         logits.copy_(slope.scatter_add(1, index, -scale.to(x.dtype)))
     return losses[:, 0]
+
+
+def whole_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, z_loss: float, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Losses as of `cross_entropy_` for the logits hidden weight^T, and gradients of sum(scale * loss).
+
+    hidden (N, dim), weight (V, dim); labels int64 (N,), scale fp32 (N,). Returns fp32 (N,) and, where
+    `wanted`, the gradients of hidden and weight, which may be of a wider dtype. None where no kernel does
+    all at once, as here: the model then goes through the logits in chunks.
+    """
+    return None
 
 
 # ---- optimizer and machine -------------------------------------------------------------------------------

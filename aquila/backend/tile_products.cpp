@@ -53,41 +53,6 @@ void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens,
         }
     }
 }
-
-// out (rows, n) = a (rows, k) b (k, n). The threads pack a block of b together, then each multiplies its own rows.
-void long_product(const bf16* a, int64_t a_row, const bf16* b, bf16* out, int64_t rows, int64_t n, int64_t k,
-                  int threads) {
-    const int64_t share = (rows + threads * 32 - 1) / (threads * 32) * 32, n_row = n + PAD;
-    static thread_local Memory shared;
-    shared.start(DEPTH * n * sizeof(bf16));
-    bf16* packed = shared.take<bf16>(DEPTH * n);
-#pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
-        static thread_local Memory memory;
-        memory.start(share * (LEFT * sizeof(bf16) + n_row * sizeof(float)) + 128);
-        bf16* left = memory.take<bf16>(share * LEFT);
-        float* sums = memory.take<float>(share * n_row);
-        for (int64_t s = 0; s < k; s += DEPTH) {
-            const int64_t now = std::min(DEPTH, k - s), deep = (now + 31) / 32 * 32;
-#pragma omp for schedule(static)
-            for (int64_t c = 0; c < n; c += 16) pack(b + s * n + c, n, now, 16, deep, packed + c * deep);
-#pragma omp for schedule(static, 1)
-            for (int64_t part = 0; part < threads; part++) {
-                const int64_t first = part * share, own = std::min(share, rows - first);
-                if (own <= 0) continue;
-                for (int64_t i = 0; i < own; i++) {
-                    std::memcpy(left + i * LEFT, a + (first + i) * a_row + s, now * sizeof(bf16));
-                    std::memset(left + i * LEFT + now, 0, (deep - now) * sizeof(bf16));
-                }
-                multiply(left, LEFT, packed, 16 * deep, sums, n_row, (own + 31) / 32 * 32, n, deep, s > 0);
-                if (s + DEPTH < k) continue;
-                for (int64_t i = 0; i < own; i++)
-                    for (int64_t c = 0; c < n; c++) store(out + (first + i) * n + c, sums[i * n_row + c]);
-            }
-        }
-    }
-}
 #endif
 }  // namespace
 
@@ -101,14 +66,6 @@ void weight_gradient(const void* y, int64_t y_row, const void* x, void* w, int w
 #if defined(TILES)
     if (wide) gradient((const bf16*)y, y_row, (const bf16*)x, (float*)w, tokens, outputs, inputs, add, threads);
     else gradient((const bf16*)y, y_row, (const bf16*)x, (bf16*)w, tokens, outputs, inputs, add, threads);
-#endif
-}
-
-// out (rows, n) = a (rows, k) b (k, n); n: a multiple of 32. a's rows are a_row elements apart.
-void long_product_bf16(const void* a, int64_t a_row, const void* b, void* out, int64_t rows, int64_t n, int64_t k,
-                       int threads) {
-#if defined(TILES)
-    long_product((const bf16*)a, a_row, (const bf16*)b, (bf16*)out, rows, n, k, threads);
 #endif
 }
 }

@@ -1,7 +1,6 @@
 """Products that a CPU's matrix tiles make faster than torch does (`tile_products.cpp`).
 
-torch's y^T x of bf16 matrices reaches half of its own speed for products that need no transpose, and its
-product of a thousand rows of a hundred thousand with as many columns ran on one thread alone.
+torch's y^T x of bf16 matrices reaches half of its own speed for products that need no transpose.
 """
 
 import ctypes
@@ -13,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from aquila.backend import native, reference
 
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ROWS = 32  # rows of a tile: fewer a thread would leave it idle
 
 
 def available() -> bool:
@@ -64,18 +62,3 @@ def add(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
         slope.data_ptr(), slope.stride(0), x.data_ptr(), out.data_ptr(), int(out.dtype == torch.float32),
         *slope.shape, x.shape[1], beta, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def long_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """As `reference.long_product`; left to torch where one thread computes."""
-    threads = torch.get_num_threads()
-    narrow = all(t.dtype == torch.bfloat16 for t in (out, a, b)) and b.shape[1] % 32 == 0 and b.shape[0] > 0
-    dense = out.is_contiguous() and b.is_contiguous() and a.stride(1) == 1
-    if threads == 1 or a.shape[0] <= _ROWS or not (narrow and dense and available()):
-        return reference.long_product(out, a, b)
-    kernel = native.library("tile_products.cpp").long_product_bf16
-    kernel.restype = None
-    kernel.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _FLAG]
-    kernel(
-        a.data_ptr(), a.stride(0), b.data_ptr(), out.data_ptr(), a.shape[0], b.shape[1], b.shape[0], threads
-    )

@@ -91,10 +91,10 @@ inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t panel,
                 _tile_zero(3);
             }
             for (int64_t s = 0; s < k; s += 32) {
-                _tile_loadd(4, above + s, 2 * a_row);
+                _tile_stream_loadd(4, above + s, 2 * a_row);
                 _tile_loadd(6, left + 16 * s, 64);
                 _tile_loadd(7, right + 16 * s, 64);
-                _tile_loadd(5, below + s, 2 * a_row);
+                _tile_stream_loadd(5, below + s, 2 * a_row);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(2, 5, 6);
@@ -175,6 +175,31 @@ inline void transpose(const bf16* x, int64_t row, int64_t rows, int64_t columns,
             turn(v);
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (c + i) * out_row + r, v[i]);
         }
+}
+
+// e^x for x <= 88: as in narrow.h, 16 at a time.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // in this order NaN stays NaN
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.38888889e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.33333333e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16666667e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.66666667e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Two rows of a left operand, and the same as a pair of rows of a right operand.
+inline __m512i paired(__m256i above, __m256i below) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(above), _mm512_slli_epi32(_mm512_cvtepu16_epi32(below), 16));
+}
+inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 widened(const bf16* x) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
 }
 #else
 bool tiles_allowed() { return false; }

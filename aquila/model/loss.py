@@ -1,7 +1,8 @@
 """Cross-entropy that never holds the whole logits.
 
-Token chunks go through output matrix, softmax and both gradient products in the forward pass, so that one
-chunk's logits are all that ever exists. (The idea of computing gradients in the forward pass: Liger Kernel,
+Where the device has a kernel for the whole of it, it does the whole of it. Elsewhere token chunks go through
+output matrix, softmax and both gradient products in the forward pass, so that one chunk's logits are all that
+ever exists. (The idea of computing gradients in the forward pass: Liger Kernel,
 arXiv 2410.10989.) Shapes: N tokens, V vocabulary, dim width.
 """
 
@@ -44,6 +45,7 @@ def cross_entropy(
     hidden (..., dim); weight (V, dim), the output matrix; labels int64 (...), already shifted; loss_mask
     (...) weights each token (None: all count). Labels of masked tokens may be anything. With no token
     counted the loss and its gradients are zero. `z_loss` adds z_loss * mean(lse^2) (PaLM, arXiv 2204.02311).
+    `chunk`: tokens at a time, instead of what is best here.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     mask = (
@@ -52,14 +54,11 @@ def cross_entropy(
     if hidden.shape[0] != labels.shape[0] or mask.shape != labels.shape:
         raise ValueError(f"{hidden.shape[0]} hidden states, {len(labels)} labels, {len(mask)} mask values")
     labels = labels.masked_fill(mask == 0, 0)
-    chunk = chunk or chunk_tokens(hidden.shape[0], weight.shape[0], hidden.dtype)
     backend = backend or get_backend(hidden.device.type)
-    return _ChunkedCrossEntropy.apply(
-        hidden, weight, labels, mask, z_loss, chunk, backend, torch.is_grad_enabled()
-    )
+    return _CrossEntropy.apply(hidden, weight, labels, mask, z_loss, chunk, backend, torch.is_grad_enabled())
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """The gradients are made in forward, for an upstream gradient of one; backward scales them."""
 
     @staticmethod
@@ -69,70 +68,51 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Under fp16 the mean's division waits for backward, where the loss scale has come in.
         scale = mask * FP16_SCALE if half else mask / total
         ctx.rest = 1 / (total * FP16_SCALE) if half else None
-        wants_hidden, wants_weight = (with_gradients and wanted for wanted in ctx.needs_input_grad[:2])
-        grads = _Gradients(hidden, weight, chunk, wants_hidden, wants_weight, backend)
-        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        held = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
-        for first in range(0, hidden.shape[0], chunk):
-            part = slice(first, first + chunk)
-            logits = torch.mm(hidden[part], weight.t(), out=held[: len(hidden[part])])
-            losses = backend.cross_entropy_(
-                logits, labels[part], scale[part], z_loss, gradient=wants_hidden or wants_weight
-            )
-            loss += (losses * mask[part]).sum()
-            grads.add(part, logits, hidden[part], weight)
-        ctx.grads = grads
-        return loss / total
+        wanted = tuple(with_gradients and wants for wants in ctx.needs_input_grad[:2])
+        given = hidden, weight, labels, scale, z_loss
+        found = None if chunk else backend.whole_cross_entropy(*given, wanted)
+        losses, *ctx.gradients = _chunked(*given, wanted, chunk, backend) if found is None else found
+        ctx.dtype = weight.dtype
+        return (losses * mask).sum() / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        if ctx.grads is None:
-            raise RuntimeError("the chunked loss gives its gradients once: a second backward has none left")
+        if ctx.gradients is None:
+            raise RuntimeError("the loss gives its gradients once: a second backward has none left")
         factor = upstream if ctx.rest is None else upstream * ctx.rest
-        hidden, weight = ctx.grads.scaled(factor)
-        ctx.grads = None
-        return hidden, weight, *[None] * 6
+        hidden, weight = ctx.gradients
+        ctx.gradients = None
+        if factor.device.type != "cpu" or factor.item() != 1:  # multiplied in fp32, rounded once
+            hidden = None if hidden is None else (hidden.to(factor.dtype) * factor).to(hidden.dtype)
+            weight = None if weight is None else weight.mul_(factor)
+        return hidden, None if weight is None else weight.to(ctx.dtype), *[None] * 6
 
 
-class _Gradients:
-    """Gradients of hidden states (N, dim) and output matrix (V, dim), filled chunk by chunk."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        chunk: int,
-        wants_hidden: bool,
-        wants_weight: bool,
-        backend: ModuleType,
-    ):
-        self.backend = backend
-        self.hidden = torch.empty_like(hidden) if wants_hidden else None
-        self.dtype = weight.dtype
-        chunks = -(-hidden.shape[0] // chunk)
-        in_fp32 = self.dtype == torch.float16 or (self.dtype == torch.bfloat16 and chunks > MAX_ROUNDINGS)
-        dtype = torch.float32 if in_fp32 else self.dtype
-        self.weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None
-        self.started = False
-
-    def add(self, part: slice, logits_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Adds one chunk; `logits_grad` (chunk, V)."""
-        if self.hidden is not None:
-            self.backend.long_product(self.hidden[part], logits_grad, weight)
-        if self.weight is None:
-            return
-        self.backend.add_weight_gradient(self.weight, logits_grad, hidden, int(self.started))
-        self.started = True
-
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Both gradients times `factor`, a scalar tensor; multiplied in fp32, rounded once."""
-        identity = factor.device.type == "cpu" and factor.item() == 1
-        hidden, weight = self.hidden, self.weight
-        if hidden is not None and not identity:
-            hidden = (hidden * factor if hidden.dtype == factor.dtype else hidden.float() * factor).to(
-                hidden.dtype
-            )
-        if weight is not None and not identity:
-            weight.mul_(factor)
-        return hidden, None if weight is None else weight.to(self.dtype)
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    z_loss: float,
+    wanted: tuple[bool, bool],
+    chunk: int | None,
+    backend: ModuleType,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.whole_cross_entropy`, a chunk of tokens after the other."""
+    chunk = chunk or chunk_tokens(hidden.shape[0], weight.shape[0], hidden.dtype)
+    rounds = weight.dtype == torch.bfloat16 and -(-hidden.shape[0] // chunk) > MAX_ROUNDINGS
+    in_fp32 = weight.dtype == torch.float16 or rounds
+    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+    weight_grad = torch.empty_like(weight, dtype=torch.float32 if in_fp32 else None) if wanted[1] else None
+    losses = []
+    held = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
+    for first in range(0, hidden.shape[0], chunk):
+        part = slice(first, first + chunk)
+        logits = torch.mm(hidden[part], weight.t(), out=held[: len(hidden[part])])
+        losses.append(backend.cross_entropy_(logits, labels[part], scale[part], z_loss, gradient=any(wanted)))
+        if hidden_grad is not None:
+            torch.mm(logits, weight, out=hidden_grad[part])
+        if weight_grad is not None:
+            backend.add_weight_gradient(weight_grad, logits, hidden[part], int(first > 0))
+    return torch.cat(losses), hidden_grad, weight_grad

@@ -62,30 +62,3 @@ def test_a_nan_is_not_hidden():
     tile_products.add(out, slope, x, 0)
     assert out[3].isnan().all()
     assert out.isnan().sum() == 32
-
-
-@pytest.fixture(params=[2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@needs_tiles
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(33, 5, 32), (70, 513, 96), (64, 1024, 32), (200, 2050, 64)]
-)
-def test_the_product_of_long_rows_is_the_exact_sum(rows, inner, columns, threads):
-    g = torch.Generator().manual_seed(rows)
-    a = torch.randn(rows, inner + 1, generator=g).bfloat16()[:, :inner]
-    b = torch.randn(inner, columns, generator=g).bfloat16()
-    out = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16)
-    tile_products.long_product(out, a, b)
-    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=2**-8, atol=1e-5 * inner**0.5)
-
-
-def test_other_products_are_torchs():
-    a, b, out = torch.randn(40, 50), torch.randn(50, 20), torch.empty(40, 20)
-    tile_products.long_product(out, a, b)
-    assert torch.equal(out, a @ b)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aquila.backend import tile_loss
 from aquila.model.loss import chunk_tokens, cross_entropy
 
 TOKENS, DIM, VOCAB = 50, 24, 333
@@ -155,3 +156,19 @@ def test_shapes_that_do_not_belong_together_are_named():
     hidden, weight, labels = inputs()
     with pytest.raises(ValueError, match="50 hidden states, 49 labels"):
         cross_entropy(hidden, weight, labels[1:])
+
+
+@pytest.mark.skipif(not tile_loss.available(), reason="no matrix tiles, or no C++ compiler, on this machine")
+def test_a_kernel_for_the_whole_of_it_is_used_and_holds_no_logits(memory_meter):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 32, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(8000, 32, generator=g).bfloat16().requires_grad_()
+    labels = torch.randint(8000, (512,), generator=g)
+    with memory_meter() as meter:
+        loss = cross_entropy(hidden, weight, labels)
+        loss.backward()
+    assert meter.peak < 512 * 8000  # half of the logits
+    wanted, hidden_grad, weight_grad = truth(hidden, weight, labels)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert error(hidden.grad, hidden_grad) < 4e-3
+    assert error(weight.grad, weight_grad) < 4e-3
