@@ -13,6 +13,7 @@ class _Loss(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("tokens", "vocab", "dim")],
         ("z_loss", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("block", ctypes.c_int64),  # the kernel's own
     ]
 
 
@@ -33,12 +34,12 @@ def cross_entropy(
     scale = scale.float().contiguous()
     if not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
         raise IndexError(f"a label is outside of the vocabulary of {vocab}")
-    losses, lse = torch.empty(2, tokens, dtype=torch.float32)
+    losses, room = torch.empty(tokens, dtype=torch.float32), torch.empty(2, tokens, dtype=torch.float32)
     pairs = zip((hidden, weight), wanted, strict=True)
     gradients = [torch.empty_like(x) if want else None for x, want in pairs]
     kernel = native.library("tile_loss.cpp").tile_loss
     kernel.restype = None
     shape = _Loss(tokens, vocab, dim, z_loss, torch.get_num_threads())
-    tensors = (hidden, weight, labels, scale, losses, lse, *gradients)
+    tensors = (hidden, weight, labels, scale, losses, room, *gradients)
     kernel(ctypes.byref(shape), *[ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors])
     return losses, *gradients
