@@ -1,6 +1,8 @@
 """Bytes that a ZeRO-2 step sends, counted on local gloo ranks beside two formulas (docs/scaling.md).
 
-    python benchmarks/traffic.py [--ranks 2] [--accumulation 1]
+    python benchmarks/traffic.py [--ranks 2] [--accumulation 1] [--exchange]
+
+Counted is what DeepSpeed does, as on devices; with --exchange what ranks on CPUs do.
 
 Every collective that a step calls is noted with the bytes of its tensors; what a ring sends for them is
 2 (N-1)/N of an all-reduce's, (N-1)/N of a reduce's or reduce-scatter's, (N-1)/N of what an all-gather
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +35,7 @@ class Counter:
 
     def watch(self, dist) -> None:
         shares = {"all_reduce": 2, "reduce": 1, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
+        shares["all_to_all_single"] = 1
         for name, share in shares.items():
             self._watch(dist, name, share)
 
@@ -48,7 +52,7 @@ class Counter:
         setattr(dist, name, noted)
 
 
-def rank(accumulation: int) -> None:
+def rank(accumulation: int, exchange: bool) -> None:
     """One rank of the counted run; rank 0 prints."""
     import torch
     import torch.distributed as dist
@@ -56,9 +60,12 @@ def rank(accumulation: int) -> None:
     from aquila.backend import cpu
     from aquila.config import Device, load_run_config
     from aquila.model import AquilaModel
+    from aquila.training import lean
     from aquila.training.engine import Engine, processes
     from aquila.training.settings import parameter_groups
 
+    if not exchange:
+        lean.can_exchange = lambda zero: False
     with tempfile.TemporaryDirectory() as temporary, processes("gloo", torch.device("cpu")) as (me, ranks):
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -84,16 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--accumulation", type=int, default=1, help="micro steps; default: %(default)s")
+    parser.add_argument("--exchange", action="store_true", help="the way of ranks on CPUs")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
-        rank(options.accumulation)
+        rank(options.accumulation, options.exchange)
         return
     from aquila.config import ModelConfig
     from aquila.launch.memory import Setup, bytes_sent
 
     words = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), __file__, "--rank"]
-    words += ["--accumulation", str(options.accumulation)]
+    words += ["--accumulation", str(options.accumulation), *(["--exchange"] if options.exchange else [])]
     done = subprocess.run(
         [sys.executable, *words],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -105,7 +113,8 @@ def main() -> None:
     counted.pop("parameters")
     model = ModelConfig(**CONFIG)
     setup = Setup(options.ranks, 1, 32, gradient_accumulation_steps=options.accumulation)
-    formula = bytes_sent(model, setup)
+    # To each owner its part of the gradients, from each owner its part of the weights.
+    formula = bytes_sent(model, replace(setup, zero_stage=1) if options.exchange else setup)
     for name, value in counted.items():
         print(f"{name:24} {value / 1e6:9.3f} MB a rank")
     total = sum(counted.values())

@@ -1,4 +1,7 @@
-"""A linear layer's products on a CPU's matrix tiles (`tile_products.cpp`): two to four times as fast as torch's."""
+"""A linear layer's products on a CPU's matrix tiles (`tile_products.cpp`).
+
+By torch's, on two cores: 6 % faster for a width of 512, twice as fast for 2048; the weight's gradient twice.
+"""
 
 import ctypes
 

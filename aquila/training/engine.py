@@ -123,6 +123,20 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+@contextmanager
+def _one_zero_optimizer() -> Iterator[None]:
+    """One class for ZeRO-1 and ZeRO-2: for ZeRO-1 with bf16 summed in fp32 DeepSpeed would take another,
+    which has neither a loss scale nor steps that are skipped."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: "zero_optimization"
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
 class Engine:
     """A model that trains: forward, backward, reduction, clipping and step, on all ranks together.
 
@@ -147,17 +161,18 @@ class Engine:
         self.model = model
         self.world_size = world_size
         self._stage = effective.run.zero_stage
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
-        if self._stage in (1, 2):
-            make_lean(self._engine.optimizer)
+        with _one_zero_optimizer():
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        self._gradients = GradientCheck(self.device)
+        seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
+        if world_size > 1 and not seen:
+            self._gradients.watch(model.parameters())
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
         if hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
-        # With one rank there is nobody to tell apart.
-        self._gradients = GradientCheck(model.parameters(), self.device) if world_size > 1 else None
 
     @property
     def loss_scale(self) -> float:
@@ -186,8 +201,7 @@ class Engine:
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
-        if self._gradients:
-            self._gradients.start()
+        self._gradients.start()
         for number, batch in enumerate(batches, start=1):
             started = time.perf_counter()
             loss = self._loss(self._engine, batch)
@@ -199,12 +213,11 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        gradients = self._gradients.total if self._gradients else 0.0
-        values = total / len(batches), gradients, forward_seconds
+        values = total / len(batches), self._gradients.total, forward_seconds
         losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
         skipped = bool(self._engine.optimizer.overflow)
-        if self._gradients is None:
+        if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,

@@ -7,19 +7,23 @@ import torch
 
 
 class GradientCheck:
-    """Watches the gradients of `parameters` as backward makes them, from the start of a step on.
+    """Looks at a rank's gradients, from the start of a step on.
 
-    One sum a parameter, kept on the device: a sum is not finite when any of its terms is not. Nothing is
-    read back before `total` is. Two tiny launches a parameter, and one pass over each gradient.
+    A sum is not finite when any of its terms is not. It is kept on the device, and nothing is read back
+    before `total` is.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros((), dtype=torch.float32, device=device)
+
+    def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Looks at their gradients as backward makes them: two tiny launches and one pass for each."""
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_hook(self._look)
+                parameter.register_hook(self.look)
 
-    def _look(self, gradient: torch.Tensor) -> None:
+    def look(self, gradient: torch.Tensor) -> None:
+        """Takes `gradient` into account."""
         gradient = gradient.detach()
         # Finite fp16 gradients may add up to more than fp16 holds. bf16 reaches as far as fp32, and its own
         # sum is several times as fast as one that widens.

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aquila.backend import get_backend
+from aquila.training.exchange import Exchange, can_exchange
+from aquila.training.finite import GradientCheck
 
 BLOCK = {"cpu": 1 << 19}
 """Elements a block: with master weights and both moments within two cores' caches."""
@@ -22,10 +24,11 @@ LARGE_BLOCK = 1 << 26
 """On other devices: few launches, little memory."""
 
 
-def make_lean(zero: Any) -> bool:
-    """Gives DeepSpeed's ZeRO-1/2 optimizer the step of this file; False where it must keep its own.
+def make_lean(zero: Any, check: GradientCheck) -> bool:
+    """Gives DeepSpeed's ZeRO-1/2 optimizer the step of this file; returns whether `check` sees gradients.
 
-    It keeps its own with offloading, and with any optimizer but torch's fused AdamW.
+    It keeps its own step with offloading, and with any optimizer but torch's fused AdamW. On CPUs the ranks'
+    gradients are averaged by `Exchange`, which looks at them, too.
     """
     torch_adamw = isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")
     plain = zero.check_grad_overflow and zero.compute_grad_norm and not zero.has_moe_layers
@@ -37,11 +40,13 @@ def make_lean(zero: Any) -> bool:
     kept_as_they_are = not (
         zero.use_grad_accum_attribute or any(map(zero._use_compact_grad_partition_buffer, groups))
     )
-    if dist.get_world_size(zero.dp_process_group) == 1 and kept_as_they_are:
-        # Gradients stay where autograd made them: no bucket to copy into, nothing to divide by one.
-        zero.process_gradients = lambda param, group: None
-        zero.reduce_ipg_grads = lambda comm_dtype=None: None
-    return True
+    alone = dist.get_world_size(zero.dp_process_group) == 1
+    if not kept_as_they_are or not (alone or can_exchange(zero)):
+        return False
+    # Gradients stay where autograd made them: no bucket to copy into.
+    zero.process_gradients = zero.reduce_ready_partitions_and_remove_grads = lambda param, group: None
+    zero.reduce_ipg_grads = (lambda comm_dtype=None: None) if alone else Exchange(zero, check)
+    return not alone
 
 
 class _LeanStep:
@@ -107,12 +112,14 @@ class _LeanStep:
 
     def _gather(self) -> None:
         """Every rank's part of the new weights, to every rank."""
-        zero = self.zero
+        zero, under_way = self.zero, []
         for group, whole in enumerate(zero.bit16_groups_flat):
             ranks = zero.real_dp_process_group[group]
             if dist.get_world_size(ranks) > 1:
                 part = zero.parallel_partitioned_bit16_groups[group][dist.get_rank(ranks)]
-                dist.all_gather_into_tensor(whole, part, group=ranks)
+                under_way.append(dist.all_gather_into_tensor(whole, part, group=ranks, async_op=True))
+        for gathering in under_way:
+            gathering.wait()
 
 
 def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:

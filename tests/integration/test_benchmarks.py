@@ -48,6 +48,7 @@ def test_one_at_a_time(root):
     assert result["contenders"]["ours"]["peak_memory_gib"] > 0
 
 
-def test_traffic_of_two_ranks_is_the_formulas(root):
-    result = run(root, "benchmarks/traffic.py", "--ranks", "2")
+@pytest.mark.parametrize("way", [[], ["--exchange"]])
+def test_traffic_of_two_ranks_is_the_formulas(root, way):
+    result = run(root, "benchmarks/traffic.py", "--ranks", "2", *way)
     assert result["counted"] == pytest.approx(result["formula"], rel=0.02)

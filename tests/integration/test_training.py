@@ -73,6 +73,18 @@ def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(project: Path) ->
     assert [r["grad_norm"] for r in ours] == pytest.approx([r["grad_norm"] for r in theirs], rel=1e-3)
 
 
+def test_micro_steps_under_zero_1_and_2_see_what_one_large_batch_sees(project: Path) -> None:
+    """In bf16 with sums in fp32, for which DeepSpeed would take another optimizer under ZeRO-1."""
+    halves = ("batch_size=2", "gradient_accumulation_steps=2")
+    assert train(project, "once", "batch_size=4", "gradient_accumulation_steps=1")[0] == 0
+    for stage in (1, 2):
+        status, output = train(project, f"twice-{stage}", *halves, f"zero_stage={stage}")
+        assert status == 0, output
+        for one, two in zip(metrics(project, "once"), metrics(project, f"twice-{stage}"), strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
 def test_preloading_starts_from_the_very_weights(project: Path) -> None:
     """With a learning rate too small to matter, the checkpoint holds what the model folder held."""
     source = project / "checkpoints_out" / "whole-fp32" / "0" / "checkpoints" / "step-00000012"

@@ -12,7 +12,8 @@ def test_one_bad_element_anywhere_is_seen_and_large_ones_are_not_bad(
     dtype: torch.dtype, value: float
 ) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(3000, 50, dtype=dtype)) for _ in range(3)]
-    check = GradientCheck(parameters, torch.device("cpu"))
+    check = GradientCheck(torch.device("cpu"))
+    check.watch(parameters)
     weights = [torch.full_like(parameter, 60000.0).detach() for parameter in parameters]
 
     def step() -> bool:
