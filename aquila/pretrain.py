@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from aquila.backend import detect, get_backend
+from aquila.backend import detect, fp8, get_backend
 from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
 from aquila.data.batches import Batch, Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
@@ -62,8 +62,10 @@ def main() -> int:
     requests.install()
     backend = get_backend(detect())
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    here = Device(device.type, tuple(backend.supported_precisions()))
+    here = Device(device.type, tuple(backend.supported_precisions()), backend.fp8_support())
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    if effective.run.fp8:
+        fp8.load()  # what does not load says so before anything is written
     if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
         prefixes = parse_blend(effective.run.data_prefix)[0]
         check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
@@ -174,6 +176,8 @@ def build_model(
         load_weights(model, resume)
     elif run.bmt_pre_load:
         load_weights(model, effective.model_dir)
+    if run.fp8:
+        model.convert_to_fp8(run.fp8)
     if run.compile if run.compile is not None else backend.COMPILE_BLOCKS:
         model.compile_blocks()
     return model

@@ -9,6 +9,8 @@ device has. Every module offers:
 - `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
 - `attention_kind(asked, triangle)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement;
+- `fp8_support()` says how linear layers in float8 run ("native", "emulated"), or why they cannot;
+  `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;
 - `COMMUNICATION`, `device_count()`, `set_device(local_rank)`, `device_name()`, `supported_precisions()`,
   `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`, `kernels()` (what runs here, for people).

@@ -45,6 +45,8 @@ linear = tile_products.linear
 add_weight_gradient = tile_products.add
 whole_cross_entropy = tile_loss.cross_entropy
 square_sum = passes.square_sum
+fp8_support = reference.fp8_support
+convert_to_fp8 = reference.convert_to_fp8
 adamw = passes.adamw
 
 

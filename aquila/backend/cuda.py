@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from aquila.backend import common, reference
+from aquila.backend import common, fp8, reference
 from aquila.backend.reference import (
     TRIANGLE_BLOCK,
     adamw,
@@ -63,6 +63,8 @@ _PEAKS = {
     "GH200": (989, 67),
     "B200": (2250, 75),
 }
+
+_FP8_CAPABILITY = (8, 9)
 
 attention_kind = common.fused_or_same
 
@@ -159,6 +161,29 @@ def supported_precisions() -> tuple[str, ...]:
     """bf16 needs an Ampere or later."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return ("bf16", "fp16", "fp32") if bf16 else ("fp16", "fp32")
+
+
+def fp8_support() -> str:
+    """As `reference.fp8_support`; its products need an Ada, a Hopper or later."""
+    if not torch.cuda.is_available():
+        return "no GPU is visible; float8 products need one of compute capability 8.9 or later"
+    return fp8_support_of(device_name(), torch.cuda.get_device_capability())
+
+
+def fp8_support_of(name: str, capability: tuple[int, int]) -> str:
+    """`fp8_support` for a GPU of that name and compute capability."""
+    if capability < _FP8_CAPABILITY:
+        major, minor = capability
+        return (
+            f"{name} has compute capability {major}.{minor}, and float8 products need 8.9 or later (L40S, "
+            "H100, H200, B200 ...); say fp8: false"
+        )
+    return fp8.problem() or fp8.NATIVE
+
+
+def convert_to_fp8(layers: nn.Module, recipe: str) -> None:
+    """As `reference.convert_to_fp8`, with the device's own products."""
+    fp8.convert(layers, recipe, emulate=False)
 
 
 def memory_gib() -> float:

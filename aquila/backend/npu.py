@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
@@ -24,6 +24,7 @@ from aquila.backend.reference import (
     step_linear,
     whole_cross_entropy,
 )
+from aquila.errors import UserError
 
 __all__ = [
     "adamw",
@@ -311,6 +312,16 @@ def device_name() -> str:
 def supported_precisions() -> tuple[str, ...]:
     """What the operators used here take; the first Ascend 910 has no bf16."""
     return ("fp16", "fp32") if "910A" in device_name() else ("bf16", "fp16", "fp32")
+
+
+def fp8_support() -> str:
+    """Why linear layers in float8 cannot run here."""
+    return "torchao's float8 layers do not run on an NPU; say fp8: false"
+
+
+def convert_to_fp8(layers: nn.Module, recipe: str) -> None:
+    """Raises `UserError`."""
+    raise UserError(f"fp8: {recipe}: {fp8_support()}")
 
 
 def memory_gib() -> float:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from aquila.backend import fp8
 
 ATTENTION_KINDS = ("fused", "triangle", "reference")
 TRIANGLE_BLOCK = 512
@@ -249,6 +251,16 @@ def adamw(
         eps=settings["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip
     weights.copy_(master)
+
+
+def fp8_support() -> str:
+    """How linear layers in float8 run here: "native", "emulated", or why they cannot and what to do."""
+    return fp8.problem() or fp8.EMULATED
+
+
+def convert_to_fp8(layers: nn.Module, recipe: str) -> None:
+    """Makes the linear layers within `layers` multiply in float8 (`fp8.convert`). Raises `UserError`."""
+    fp8.convert(layers, recipe, emulate=True)
 
 
 OPTIMIZERS = ("torch",)

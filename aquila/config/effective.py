@@ -14,6 +14,8 @@ from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
 from aquila.errors import UserError
 
 MODELS = "checkpoints_in"
+FP8_RUNS = ("native", "emulated")
+"""How linear layers in float8 run on a device; anything else it says is why they cannot."""
 
 
 class Device(NamedTuple):
@@ -22,6 +24,8 @@ class Device(NamedTuple):
     type: str
     precisions: tuple[str, ...]
     """What it trains in, best first."""
+    fp8: str = "native"
+    """One of `FP8_RUNS`, or why linear layers in float8 cannot run and what to do."""
 
 
 class Setting(NamedTuple):
@@ -133,6 +137,8 @@ def load_run_config(
         deepspeed_path=json_path,
     )
     _cross_check(effective, json_file)
+    if run.fp8:
+        _check_fp8(effective, device)
     return effective
 
 
@@ -249,3 +255,36 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
             n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
         )
         effective.notes.append(f"checkpoints hold no {left_out} state: a resumed run will not be exact")
+
+
+def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:
+    """Whether the layers' products can be in float8: on this device, and of these sizes."""
+    run, model, sources = effective.run, effective.model, effective.sources
+    key_width = model.kv_heads * model.head_dim
+    sizes = {
+        f"dim of {effective.model_dir}": model.dim,
+        f"width of keys and values of {effective.model_dir}": key_width,
+        f"feed-forward size of {effective.model_dir}": model.ffn_dim,
+        "batch_size x seq_length": run.batch_size * effective.seq_length,
+    }
+    problems = [
+        f"its products need multiples of 16, and {name} is {size}"
+        for name, size in sizes.items()
+        if size % 16
+    ]
+    if device is not None and device.fp8 not in FP8_RUNS:
+        problems.insert(0, device.fp8)
+    if run.precision not in ("bf16", "auto"):
+        problems.append(f"it goes with precision bf16, not {run.precision} ({sources['precision']})")
+    if run.zero_stage == 3:
+        problems.append(
+            f"it goes with zero_stage 1 or 2, not 3 ({sources['zero_stage']}): its layers would keep the "
+            "weights that ZeRO-3 gathers until backward"
+        )
+    what = f"fp8: {run.fp8} ({sources['fp8']})"
+    if problems:
+        raise UserError(f"{what}: " + "; ".join(problems))
+    note = "the layers' matrices multiply in float8 (torchao); embedding and output matrix do not"
+    if device is not None and device.fp8 == "emulated":
+        note += f"; {device.type} emulates it: the same rounding, and slow, for looking at losses"
+    effective.notes.append(f"{what}: {note}")

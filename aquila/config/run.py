@@ -72,6 +72,8 @@ class RunConfig(StrictModel):
     """The dynamic loss scale's first value under fp16."""
     loss_scale_window: PositiveInt = 1000
     """Steps without overflow after which the loss scale doubles (fp16)."""
+    fp8: Literal[False, "tensorwise", "rowwise"] = False
+    """Layers multiply in float8 by this recipe of torchao, under bf16, best compiled; a CPU emulates it."""
     attention: Literal["auto", "fused", "triangle", "reference"] = "auto"
     """Attention kernel; auto: the model's `use_triangle_attn` on NPU, else fused."""
     ckpoint_layer: Annotated[int, Field(ge=-1)] | None = None

@@ -119,7 +119,8 @@ def _devices(checked: Checked, devices: dict[str, Any]) -> str:
 def _configuration(checked: Checked, config: str, model: str, overrides: list[str], root: Path) -> str:
     device = None
     if checked.devices:
-        device = Device(checked.devices["device"], tuple(checked.devices["precisions"]))
+        found = checked.devices
+        device = Device(found["device"], tuple(found["precisions"]), found["fp8"])
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 

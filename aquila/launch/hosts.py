@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from aquila.config.effective import FP8_RUNS
 from aquila.errors import UserError
 from aquila.launch.checks import Checked, Warned, check_room, checkpoint_bytes, data_paths, small_paths
 from aquila.launch.code import ROOT
@@ -54,6 +55,7 @@ class Hosts:
     def __init__(self, group: Members, checked: Checked) -> None:
         self.group, self.members, self.checked = group, group.all, checked
         config = checked.config
+        self._fp8 = config.run.fp8 if config else False
         self.small = small_paths(config) if config else []
         self.data = data_paths(config, ROOT) if config else []
         self.disk_needed = checkpoint_bytes(config) if config else 0
@@ -137,6 +139,8 @@ class Hosts:
                     f"{member.host}: slots={member.slots} in the hostfile, but it has {devices['count']} "
                     f"({devices['device']}: {devices['name']}); write slots={devices['count']} or fewer"
                 )
+            elif self._fp8 and answer["devices"]["fp8"] not in FP8_RUNS:
+                problems.append(f"{member.host}: fp8: {self._fp8}: {answer['devices']['fp8']}")
         return self._raise(
             problems, f"{sum(member.slots for member in self.there)} slots, each with a device"
         )

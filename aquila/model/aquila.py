@@ -240,6 +240,14 @@ class AquilaModel(nn.Module):
         # Nothing in a layer is random, so no random state has to be kept and restored.
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
+    def convert_to_fp8(self, recipe: str) -> None:
+        """The layers' matrices multiply in float8 from now on; parameters and their names stay as they are.
+
+        Before `compile_blocks`. The embedding and the output matrix, which is the loss's, stay out of it.
+        `recipe`: tensorwise or rowwise (`backend/fp8.py`). Raises `UserError` where that cannot be.
+        """
+        get_backend(self.norm.weight.device.type).convert_to_fp8(self.layers, recipe)
+
     def compile_blocks(self, **options) -> None:
         """`torch.compile` for each layer on its own; names of parameters stay as they are."""
         get_backend(self.norm.weight.device.type).kernels()  # are looked for outside of any tracing

@@ -26,6 +26,7 @@ MODEL = {"dim": 32, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "vocab_size":
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's own answer is tested once, below; here only what follows from it.
     facts = {"device": "cpu", "count": 2, "name": "test", "precisions": ["bf16", "fp32"], "memory": 2**34}
+    facts["fp8"] = "torchao is not installed; install it"
     monkeypatch.setattr(checks, "probe_devices", lambda: facts)
 
 
@@ -173,6 +174,10 @@ def test_a_model_that_does_not_fit(project: Path) -> None:
     assert "python -m aquila.plan tiny --devices 2 --memory 8GiB" in message
 
 
+def test_float8_where_the_machine_cannot_run_it(project: Path) -> None:
+    assert "fp8: tensorwise (command line): torchao is not installed" in refused(project, "fp8=tensorwise")
+
+
 def test_all_failures_at_once(project: Path) -> None:
     (project / "hostfile").write_text("localhost slots=3\n")
     checked = check(project, "bmt_pre_load=True", "data_prefix=data/absent")
@@ -185,3 +190,4 @@ def test_the_machine_s_own_devices() -> None:
     assert facts["count"] >= 1
     assert facts["device"] == detect()
     assert facts["precisions"]
+    assert facts["fp8"]

@@ -190,3 +190,46 @@ def test_blend_round_trips(pairs: list[tuple[float, str]]) -> None:
     flat = [item for pair in pairs for item in pair]
     assert parse_blend(flat) == ([path for _, path in pairs], [weight for weight, _ in pairs])
     assert parse_blend([path for _, path in pairs]) == ([path for _, path in pairs], None)
+
+
+def test_float8_stands_in_the_table_with_how_it_runs(project: Path) -> None:
+    effective = load(project, "fp8=tensorwise", device=CPU._replace(fp8="emulated"))
+    assert effective.run.fp8 == "tensorwise"
+    (row,) = [line for line in effective.table().splitlines() if line.startswith("fp8 ")]
+    assert row.split() == ["fp8", "tensorwise", "command", "line"]
+    assert "note: fp8: tensorwise (command line): the layers' matrices" in effective.table()
+    assert "cpu emulates it" in effective.table()
+    native = load(project, "fp8=rowwise", device=Device("gpu", ("bf16",), "native"))
+    assert "emulates" not in native.table()
+    assert "note: fp8" not in load(project, device=CPU._replace(fp8="torchao is not installed")).table()
+    rewrite(project, "run.yaml", fp8=False)
+    assert load(project, device=CPU._replace(fp8="torchao is not installed")).run.fp8 is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "message"),
+    [
+        (["fp8=true"], CPU, "fp8: input should be False, 'tensorwise' or 'rowwise'"),
+        (["fp8=rowwise"], CPU._replace(fp8="old; get a new one"), "fp8: rowwise (command line): old; get a"),
+        (["fp8=rowwise", "precision=fp32"], CPU, "goes with precision bf16, not fp32 (command line)"),
+        (["fp8=rowwise", "zero_stage=3"], CPU, "zero_stage 1 or 2, not 3 (command line)"),
+        (["fp8=rowwise", "batch_size=1", "seq_length=40"], CPU, "and batch_size x seq_length is 40"),
+    ],
+)
+def test_float8_that_cannot_be_is_refused(project: Path, overrides, device, message) -> None:
+    with pytest.raises(UserError) as error:
+        load(project, *overrides, device=device)
+    assert message in str(error.value)
+
+
+def test_float8_wants_sizes_that_are_multiples_of_16(project: Path) -> None:
+    for sizes, what in (
+        ({"dim": 40, "n_heads": 5}, "dim of "),
+        ({"dim": 64, "n_heads": 8, "n_kv_heads": 1}, "width of keys and values of "),
+        ({"dim": 64, "n_heads": 4, "multiple_of": 4}, "feed-forward size of "),
+    ):
+        path = project / "checkpoints_in" / "tiny" / "config.json"
+        path.write_text(json.dumps({"n_layers": 2, "max_seq_len": 128, **sizes}))
+        load(project)
+        with pytest.raises(UserError, match=f"need multiples of 16.* {what}"):
+            load(project, "fp8=tensorwise")
