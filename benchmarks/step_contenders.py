@@ -3,7 +3,7 @@
     python benchmarks/step_contenders.py NAME CONFIG.json    (started by train_step.py)
 
 Reads lines from its input: "step N" trains N steps, "end" ends. Answers are lines of "@" and JSON. All get
-the same tokens, and the same first weights: `AquilaModel.init_weights`, drawn parameter by parameter.
+the same tokens, and the same first weights, drawn parameter by parameter on the device.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-if sys.argv[1:2] != ["ours"]:
+if not "".join(sys.argv[1:2]).startswith("ours"):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")  # others as their users run them; the package sets it
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +36,12 @@ Step = Callable[[Tensor, Tensor], float]
 """Tokens and labels, int64 (batch, sequence), to the loss; weights are one step further."""
 
 
-def first_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Released names and fp32 values, one at a time."""
+def first_weights(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Released names and fp32 values, one at a time: the same for every contender of a device."""
     shapes = AquilaModel(config, device="meta")
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     for name, parameter in shapes.named_parameters():
-        values = torch.ones(parameter.shape)
+        values = torch.ones(parameter.shape, device=device)
         if values.dim() > 1:
             values.normal_(0.0, config.initializer_range, generator=generator)
         yield name, values
@@ -50,8 +50,12 @@ def first_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 # ---- ours ------------------------------------------------------------------------------------------------
 
 
-def ours(settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
-    """The model under `aquila.training.engine.Engine`, ZeRO-2, a world of one; or torch alone."""
+def ours(settings: SimpleNamespace, stack: ExitStack, fp8: str = "") -> tuple[Step, str]:
+    """The model under `aquila.training.engine.Engine`, ZeRO-2, a world of one; or torch alone.
+
+    fp8: a recipe for layers in float8, as the run key.
+    """
+    settings.fp8 = fp8
     try:
         import deepspeed  # noqa: F401
     except ImportError:
@@ -63,9 +67,10 @@ def ours(settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
     (folder / "run.yaml").write_text(
         f"batch_size: {settings.batch}\nprecision: bf16\nseq_length: {settings.seq}\nclip_grad: {CLIP}\n"
         f"ckpoint_layer: {settings.recompute}\nweight_decay: {DECAY}\nbetas: {list(BETAS)}\neps: {EPS}\n"
+        f"fp8: {fp8 or 'false'}\n"
     )
     backend = settings.backend
-    device = Device(settings.device.type, backend.supported_precisions())
+    device = Device(settings.device.type, backend.supported_precisions(), backend.fp8_support())
     effective = load_run_config(folder / "run.yaml", str(folder), [], device=device, root=ROOT)
     _, world_size = stack.enter_context(processes(backend.COMMUNICATION, settings.device))
     model = our_model(settings)
@@ -77,7 +82,7 @@ def ours(settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
         batch = SimpleNamespace(tokens=tokens, labels=labels, loss_mask=mask, documents=None)
         return engine.train_step([batch], LR).loss
 
-    return step, "Engine: DeepSpeed ZeRO-2, world of one"
+    return step, "Engine: DeepSpeed ZeRO-2, world of one" + (f", float8 {fp8}" if fp8 else "")
 
 
 def our_model(settings: SimpleNamespace) -> AquilaModel:
@@ -86,8 +91,10 @@ def our_model(settings: SimpleNamespace) -> AquilaModel:
     )
     model = AquilaModel(config, device="meta")
     with torch.no_grad():
-        for name, values in first_weights(config):
-            model.place(name, values.to(settings.device, torch.bfloat16))
+        for name, values in first_weights(config, settings.device):
+            model.place(name, values.to(torch.bfloat16))
+    if settings.fp8:
+        model.convert_to_fp8(settings.fp8)
     if settings.backend.COMPILE_BLOCKS or settings.compile_ours:
         model.compile_blocks()
     return model
@@ -142,10 +149,11 @@ def transformers_llama(
     dtype = torch.bfloat16 if precision == "pure" else torch.float32
     facts = hf.config_to_hf(settings.config, str(dtype).removeprefix("torch."))
     config = transformers.LlamaConfig(**facts, attn_implementation="sdpa", use_cache=False)
-    model = transformers.LlamaForCausalLM(config).to(settings.device, dtype).train()
+    with settings.device:
+        model = transformers.LlamaForCausalLM(config).to(dtype).train()
     heads = hf.permuted(settings.config)
     with torch.no_grad():
-        for name, values in first_weights(settings.config):
+        for name, values in first_weights(settings.config, settings.device):
             turned = heads.get(hf.short(name))
             target = model.get_parameter(hf.from_released(name))
             target.copy_(values if turned is None else hf.permute(values, turned))
@@ -176,7 +184,8 @@ def litgpt_llama(settings: SimpleNamespace, stack: ExitStack, precision: str, co
         rope_base=int(config.rope_theta),
     )  # fmt: skip
     dtype = torch.bfloat16 if precision == "pure" else torch.float32
-    model = GPT(shape).to(settings.device, dtype)
+    with settings.device:
+        model = GPT(shape).to(dtype)
     fill_litgpt(model, settings.config)
     call = torch.compile(model) if compiled else model
 
@@ -206,7 +215,7 @@ def fill_litgpt(model: nn.Module, config: ModelConfig) -> None:
     rows = {"attention.wq": slice(0, config.dim)}
     rows["attention.wk"] = slice(config.dim, config.dim + kv_rows)
     rows["attention.wv"] = slice(config.dim + kv_rows, config.dim + 2 * kv_rows)
-    for name, values in first_weights(config):
+    for name, values in first_weights(config, model.lm_head.weight.device):
         short, layer = hf.short(name).removesuffix(".weight"), name.split(".")[1]
         where = f"transformer.h.{layer}." if name.startswith("layers.") else ""
         if short in rows:
@@ -215,6 +224,25 @@ def fill_litgpt(model: nn.Module, config: ModelConfig) -> None:
             model.get_parameter(where + "attn.qkv.weight")[rows[short]] = values.to(model.lm_head.weight)
         else:
             model.get_parameter(f"{where}{_LITGPT[short]}.weight").copy_(values)
+
+
+def torchtitan_llama(
+    settings: SimpleNamespace, stack: ExitStack, precision: str, compiled: bool
+) -> tuple[Step, str]:
+    """torchtitan's Llama, its own mixed precision, loss and way to compile (`titan_model.py`)."""
+    from importlib.metadata import version
+
+    from titan_model import build as build_titan
+
+    config, backend = settings.config, settings.backend
+    weights, recompute = first_weights(config, settings.device), bool(settings.recompute)
+    model, loss_of = build_titan(
+        config, weights, settings.device, backend.COMMUNICATION, precision, compiled, recompute
+    )
+    stack.callback(torch.distributed.destroy_process_group)
+    # Its mixed precision is FSDP2's: no autocast on top.
+    step = plain_step(settings, model, loss_of, "fp32" if precision == "amp" else precision)
+    return step, f"torchtitan {version('torchtitan')}"
 
 
 def plain_step(settings: SimpleNamespace, model: nn.Module, loss_of: Callable, precision: str) -> Step:
@@ -236,12 +264,16 @@ def plain_step(settings: SimpleNamespace, model: nn.Module, loss_of: Callable, p
     return step
 
 
+OURS = {"ours": "", "ours-fp8": "tensorwise", "ours-fp8-rowwise": "rowwise"}
+
+
 def build(name: str, settings: SimpleNamespace, stack: ExitStack) -> tuple[Step, str]:
-    """Of "ours", or LIBRARY-PRECISION[-compiled] such as transformers-amp-compiled."""
-    if name == "ours":
-        return ours(settings, stack)
+    """Of "ours", "ours-fp8[-rowwise]", or LIBRARY-PRECISION[-compiled] such as transformers-amp-compiled."""
+    if name in OURS:
+        return ours(settings, stack, OURS[name])
     library, precision, *compiled = name.split("-")
-    maker = {"transformers": transformers_llama, "litgpt": litgpt_llama}[library]
+    makers = {"transformers": transformers_llama, "litgpt": litgpt_llama, "torchtitan": torchtitan_llama}
+    maker = makers[library]
     return maker(settings, stack, precision, bool(compiled))
 
 
@@ -303,7 +335,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gib(settings: SimpleNamespace) -> float:
-    """Since `reset_peak`: resident memory on a CPU, allocated memory on a device."""
+    """Since `reset_peak`: resident memory on a CPU, what torch has reserved on a device."""
     if settings.device.type != "cpu":
         return settings.backend.memory_gib()
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -4,14 +4,16 @@
                                     [--rounds 5] [--contenders ours transformers-pure ...]
 
 Ours goes through the engine that users run (`aquila/training/engine.py`, DeepSpeed ZeRO-2, a world of one;
-torch alone where DeepSpeed is missing, and it says so). Theirs: transformers' Llama with sdpa, eager and
-compiled, in fp32, under bf16 autocast (amp) and in pure bf16; litgpt's where it is installed. Same first
-weights, same tokens. Pure bf16 keeps no fp32 master weights and does less work for a worse optimizer.
+torch alone where DeepSpeed is missing, and it says so); ours-fp8 and ours-fp8-rowwise have the layers in
+float8 (run key `fp8`). Theirs: transformers' Llama with sdpa, eager and compiled, in fp32, under bf16
+autocast (amp) and in pure bf16; litgpt's and torchtitan's where they are installed (torchtitan's amp is its
+trainer's own, FSDP2's mixed precision). Same first weights, same tokens. Pure bf16 keeps no fp32 master
+weights and does less work for a worse optimizer.
 
 Each contender is a process of its own. In every round each takes a turn, so that a busy moment hits all;
 medians over the rounds count, and ratios are medians of each round's ratio. One contender in each round is
 the device's own matrix products at the step's shapes. Where memory is short (--one-at-a-time, and the
-preset gpu-7b) a contender starts, trains its steps and ends before the next. The last line is JSON:
+presets for GPUs) a contender starts, trains its steps and ends before the next. The last line is JSON:
 tokens/s, ratios, share of the matmul peak by the FLOP formula (6 (parameters - embedding) + 6 layers dim
 sequence a token), peak memory since the start of training, and the processor's seconds a step, which say
 most with --threads 1 on a machine that others use, too.
@@ -37,6 +39,7 @@ THEIRS = [
     for precision in ("fp32", "amp", "pure")
 ]
 LITGPT = ["litgpt-amp", "litgpt-pure"]
+TITAN = ["torchtitan-amp", "torchtitan-pure"]
 PRESETS: dict[str, dict] = {
     "cpu": {
         "config": {"dim": 512, "n_layers": 8, "n_heads": 8, "max_seq_len": 1024},
@@ -46,18 +49,21 @@ PRESETS: dict[str, dict] = {
         "config": {"dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 1000, "max_seq_len": 64},
         "device": "cpu", "batch": 2, "seq": 64, "rounds": 2,
     },
+    # Estimates: ours takes 28 GiB, transformers-amp with its logits in fp32 about 45.
     "gpu-1b": {
         "config": {"dim": 2048, "n_layers": 16, "n_heads": 16, "max_seq_len": 2048},
-        "device": "cuda", "batch": 8, "seq": 2048, "rounds": 5,
-        "contenders": ["ours", "transformers-amp", "transformers-pure", "transformers-amp-compiled",
-                       "transformers-pure-compiled", "litgpt-pure", "litgpt-pure-compiled"],
+        "device": "cuda", "batch": 4, "seq": 2048, "rounds": 3, "one_at_a_time": True,
+        "contenders": ["ours", "ours-fp8", "transformers-amp", "transformers-pure",
+                       "transformers-amp-compiled", "transformers-pure-compiled", "litgpt-pure",
+                       "litgpt-pure-compiled", "torchtitan-amp-compiled", "torchtitan-pure-compiled"],
     },
-    # 16 bytes a parameter of ours are 117 GB: batch 1, and every layer recomputed, is the safe beginning.
+    # One device of 141 GB, as aquila.plan proposes: 16 bytes a parameter are 109 GiB, the whole is 116; two
+    # samples are 4 chunks of the loss, the most that need no fp32 sum. torchtitan-amp's 16 bytes are tight.
     "gpu-7b": {
         "config": {"dim": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 2048},
-        "device": "cuda", "batch": 1, "seq": 2048, "rounds": 2, "one_at_a_time": True, "recompute": 0,
-        "contenders": ["ours", "transformers-pure", "transformers-pure-compiled", "litgpt-pure",
-                       "litgpt-pure-compiled"],
+        "device": "cuda", "batch": 2, "seq": 2048, "rounds": 2, "one_at_a_time": True, "recompute": 0,
+        "contenders": ["ours", "ours-fp8", "transformers-pure", "transformers-pure-compiled", "litgpt-pure",
+                       "litgpt-pure-compiled", "torchtitan-amp-compiled", "torchtitan-pure-compiled"],
     },
 }  # fmt: skip
 
@@ -123,7 +129,8 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=3, help="in a turn, of which the median counts; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, help="of each contender; default: torch's choice")
-    parser.add_argument("--contenders", nargs="+", help=f"ours, {', '.join(THEIRS + LITGPT)}[-compiled]")
+    names = ["ours", "ours-fp8", "ours-fp8-rowwise", *THEIRS, *LITGPT, *TITAN]
+    parser.add_argument("--contenders", nargs="+", help=f"{', '.join(names)}[-compiled]")
     parser.add_argument("--compile-ours", action="store_true", help="compiled blocks on a CPU, too")
     parser.add_argument("--one-at-a-time", action="store_true", help="never two contenders in memory")
     return parser.parse_args()
@@ -148,7 +155,7 @@ def main() -> None:
         "threads": options.threads,
         "compile_ours": options.compile_ours,
     }
-    names = ["matmul", *preset.get("contenders", ["ours", *THEIRS, *LITGPT])]
+    names = ["matmul", *preset.get("contenders", ["ours", *THEIRS, *LITGPT, *TITAN])]
     alone = options.one_at_a_time or preset.get("one_at_a_time", False)
     measure = one_at_a_time if alone else in_turns
     contenders, answers = measure(names, settings, preset["rounds"], options.steps)

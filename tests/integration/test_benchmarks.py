@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+
+from aquila.backend import fp8
 
 HIDE_DEEPSPEED = "raise ImportError('hidden for this test')\n"
 
@@ -52,3 +55,31 @@ def test_one_at_a_time(root):
 def test_traffic_of_two_ranks_is_the_formulas(root, way):
     result = run(root, "benchmarks/traffic.py", "--ranks", "2", *way)
     assert result["counted"] == pytest.approx(result["formula"], rel=0.02)
+
+
+@pytest.mark.skipif(fp8.problem() is not None, reason=str(fp8.problem()))
+def test_our_step_with_float8_layers(root):
+    result = run(root, "benchmarks/train_step.py", *SMALL, "ours-fp8")
+    assert not result["failed"]
+    ours, narrow = (result["contenders"][name] for name in ("ours", "ours-fp8"))
+    assert "float8 tensorwise" in narrow["what"]
+    assert 0 < abs(narrow["first_loss"] - ours["first_loss"]) < 0.02
+
+
+TITAN_NEEDS = ("torchtitan", "spmd_types", "tyro", "triton")
+
+
+@pytest.mark.skipif(
+    missing := [name for name in TITAN_NEEDS if find_spec(name) is None],
+    reason=f"benchmarks/README.md says how to install what is missing: {', '.join(missing)}",
+)
+def test_a_step_beside_torchtitan(root, tmp_path):
+    """Its loss is that of the same weights: of transformers' Llama to fp32's accuracy; grouped queries."""
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000, "max_seq_len": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    names = ("torchtitan-amp", "torchtitan-fp32", "transformers-fp32")
+    result = run(root, "benchmarks/train_step.py", "--config", tmp_path, *SMALL, *names)
+    assert not result["failed"]
+    losses = {name: facts["first_loss"] for name, facts in result["contenders"].items()}
+    assert losses["torchtitan-fp32"] == pytest.approx(losses["transformers-fp32"], rel=1e-6)
+    assert losses["torchtitan-amp"] == pytest.approx(losses["ours"], abs=2e-3)

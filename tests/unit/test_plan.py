@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from aquila import plan
 from aquila.config import ModelConfig, RunConfig
 from aquila.errors import UserError
-from aquila.launch.memory import Setup, estimate
+from aquila.launch.memory import ACCELERATOR_FIXED, Setup, estimate
 
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": 100008}
 
@@ -24,6 +25,18 @@ def model_dir(tmp_path: Path) -> Path:
 def run_plan(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
     return plan.main()
+
+
+def test_the_benchmark_s_preset_is_what_the_plan_proposes(root: Path) -> None:
+    """`train_step.py --preset gpu-7b`: Aquila-7B on one device of 141 GB."""
+    preset = runpy.run_path(str(root / "benchmarks" / "train_step.py"))["PRESETS"]["gpu-7b"]
+    model = ModelConfig(**preset["config"])
+    assert model.parameter_count() == ModelConfig(**SEVEN_B).parameter_count()
+    base = Setup(devices=1, batch_size=1, seq_length=preset["seq"], bucket=1e8, fixed=ACCELERATOR_FIXED)
+    choice = plan.best(model, base, plan.parse_memory("141GB"))
+    assert choice.fits
+    assert choice.setup.batch_size == preset["batch"]
+    assert choice.setup.checkpointed_layers == preset["recompute"]
 
 
 def test_memory_units() -> None:
