@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aquila.backend import reference
 from aquila.errors import UserError
@@ -85,3 +85,8 @@ def refuse_optimizer(kind: str, known: tuple[str, ...]) -> UserError:
     return UserError(
         f"optimizer: '{kind}' cannot be built on this device; there are: auto, {', '.join(known)}"
     )
+
+
+def refuse_fp8(reason: str, layers: nn.Module, recipe: str) -> None:
+    """`convert_to_fp8` of a device that cannot. Raises `UserError`."""
+    raise UserError(f"fp8: {recipe}: {reason}")

@@ -7,10 +7,11 @@ functions hardly check them.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
@@ -24,7 +25,6 @@ from aquila.backend.reference import (
     step_linear,
     whole_cross_entropy,
 )
-from aquila.errors import UserError
 
 __all__ = [
     "adamw",
@@ -46,6 +46,9 @@ _SOFTMAX_MIN, _SOFTMAX_MAX, _SOFTMAX_STEP = 32, 4096, 32
 _ROTARY_HEAD_LIMIT = 896
 # Dense bf16 and fp16 peak in TFLOP/s, by the vendor's published figures.
 _PEAKS = {"910A": 256, "910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910B": 313}
+
+_NO_FP8 = "torchao's float8 layers do not run on an NPU; say fp8: false"
+convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
 
 # Where each row's documents end, on the host: the kernel takes a list, asked of the device once a batch.
 _ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -316,12 +319,7 @@ def supported_precisions() -> tuple[str, ...]:
 
 def fp8_support() -> str:
     """Why linear layers in float8 cannot run here."""
-    return "torchao's float8 layers do not run on an NPU; say fp8: false"
-
-
-def convert_to_fp8(layers: nn.Module, recipe: str) -> None:
-    """Raises `UserError`."""
-    raise UserError(f"fp8: {recipe}: {fp8_support()}")
+    return _NO_FP8
 
 
 def memory_gib() -> float:
