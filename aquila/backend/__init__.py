@@ -3,8 +3,9 @@
 `reference` is the definition, in plain torch; `cpu`, `cuda` and `npu` equal it with the best that their
 device has. Every module offers:
 
-- `attention(q, k, v, *, kind, documents, start, block)`, `rms_norm(x, weight, eps)`,
-  `rotary(x, cos, sin)`, `swiglu(gate, up)`, `cross_entropy_(logits, labels, scale, z_loss, gradient)`,
+- `embedding(tokens, weight)`, `attention(q, k, v, *, kind, documents, start, block)`,
+  `rms_norm(x, weight, eps)`, `rotary(x, cos, sin)`, `swiglu(gate, up)`, `linear(x, weight)`,
+  `cross_entropy_(logits, labels, scale, z_loss, gradient)`,
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
 - `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
 - `attention_kind(asked, triangle)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results

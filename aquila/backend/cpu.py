@@ -86,6 +86,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps) if y is None else y
 
 
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """As `reference.embedding`; its gradient in one pass, each row rounded once."""
+    y = passes.embedding(tokens, weight)
+    return reference.embedding(tokens, weight) if y is None else y
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`, in one pass."""
     y = passes.swiglu(gate, up)

@@ -16,6 +16,7 @@ from aquila.backend.reference import (
     TRIANGLE_BLOCK,
     adamw,
     add_weight_gradient,
+    embedding,
     linear,
     prepare_weight,
     rotary,
@@ -28,6 +29,7 @@ from aquila.backend.reference import (
 __all__ = [
     "adamw",
     "add_weight_gradient",
+    "embedding",
     "linear",
     "prepare_weight",
     "rotary",

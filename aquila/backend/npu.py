@@ -19,6 +19,7 @@ from aquila.backend.reference import (
     TRIANGLE_BLOCK,
     adamw,
     add_weight_gradient,
+    embedding,
     linear,
     prepare_weight,
     square_sum,
@@ -29,6 +30,7 @@ from aquila.backend.reference import (
 __all__ = [
     "adamw",
     "add_weight_gradient",
+    "embedding",
     "linear",
     "prepare_weight",
     "square_sum",

@@ -1,4 +1,5 @@
-// RMSNorm, SwiGLU and the rotary embedding, forward and backward, each as one pass over memory.
+// RMSNorm, SwiGLU and the rotary embedding, forward and backward, each as one pass over memory; the embedding's
+// gradient, AdamW and a sum of squares likewise.
 //
 // Arithmetic is in fp32, and a result is rounded once. Tensors are dense, in bf16 or fp32.
 
@@ -30,6 +31,33 @@ void norm(const T* x, const T* weight, T* y, float* scale, int64_t rows, int64_t
             T narrow;  // the definition rounds before the weight, too
             store(&narrow, float(from[i]) * by);
             store(to + i, float(narrow) * float(weight[i]));
+        }
+    }
+}
+
+// The gradient of a table of rows: for each row the sum over the tokens that took it, in their order; others zero.
+// taken: the tokens' rows in ascending order, which the tokens `order` took.
+template <class T>
+void table(const T* slope, const int64_t* taken, const int64_t* order, T* gradient, int64_t tokens, int64_t rows,
+           int64_t dim, int threads) {
+    constexpr int64_t BLOCK = 512;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(dim);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < rows; first += BLOCK) {
+            int64_t at = std::lower_bound(taken, taken + tokens, first) - taken;
+            for (int64_t row = first; row < std::min(rows, first + BLOCK); row++) {
+                T* to = gradient + row * dim;
+                if (at == tokens || taken[at] != row) {
+                    std::memset(to, 0, dim * sizeof(T));
+                    continue;
+                }
+                std::fill(sum.begin(), sum.end(), 0.0f);
+                for (; at < tokens && taken[at] == row; at++)
+                    for (int64_t i = 0; i < dim; i++) sum[i] += float(slope[order[at] * dim + i]);
+                for (int64_t i = 0; i < dim; i++) store(to + i, sum[i]);
+            }
         }
     }
 }
@@ -203,6 +231,10 @@ void adamw(T* weights, float* master, const T* gradient, float* first, float* se
                                   int64_t positions, int64_t heads, int64_t half, int64_t batch_step,               \
                                   float direction, int threads) {                                                   \
         rotary((const T*)x, c, s, (T*)y, batch, positions, heads, half, batch_step, direction, threads);            \
+    }                                                                                                               \
+    extern "C" void table_##NAME(const void* slope, const int64_t* taken, const int64_t* order, void* gradient,     \
+                                 int64_t tokens, int64_t rows, int64_t dim, int threads) {                          \
+        table((const T*)slope, taken, order, (T*)gradient, tokens, rows, dim, threads);                             \
     }                                                                                                               \
     extern "C" void squares_##NAME(const void* x, double* out, int64_t count, int threads) {                        \
         squares((const T*)x, out, count, threads);                                                                  \

@@ -61,6 +61,28 @@ class _Norm(torch.autograd.Function):
         return dx, dweight, None
 
 
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor | None:
+    """As `reference.embedding`, or None; a row's gradient is summed in fp32 and rounded once."""
+    return _Embedding.apply(tokens, weight) if _taken(weight) else None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.like = weight.shape
+        return reference.embedding(tokens, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        taken, order = tokens.flatten().sort(stable=True)
+        gradient = slope.new_empty(ctx.like)
+        _call("table", slope, slope.contiguous(), taken, order, gradient, len(taken), *ctx.like)
+        return None, gradient
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
     """As `reference.swiglu`, or None; for backward it keeps its inputs alone."""
     return _Gated.apply(gate, up) if _taken(gate, up) else None

@@ -151,6 +151,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight (V, dim) for tokens (...): (..., dim)."""
+    return torch.nn.functional.embedding(tokens, weight)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
     return torch.nn.functional.silu(gate) * up

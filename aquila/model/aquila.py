@@ -31,6 +31,13 @@ class RMSNorm(nn.Module):
         return get_backend(x.device.type).rms_norm(x, self.weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """A row of the table for each token, by the device's way of summing its gradient."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return get_backend(self.weight.device.type).embedding(tokens, self.weight)
+
+
 class Linear(nn.Linear):
     """x weight^T, by the device's product."""
 
@@ -140,7 +147,7 @@ class AquilaModel(nn.Module):
             raise ValueError(f"attention '{attention}' is not one of auto, {', '.join(ATTENTION_KINDS)}")
         device = torch.device(device)
         self.config, self.attention, self.recompute, self.z_loss = config, attention, recompute, z_loss
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, device="meta")
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim, device="meta")
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _linear(config.dim, config.vocab_size)

@@ -46,6 +46,33 @@ def test_norm(dtype, shape):
 
 @needs_passes
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tokens", "rows", "dim"), [((1,), 1, 5), ((3, 50), 7, 33), ((2, 20), 2000, 64)])
+def test_embedding(dtype, threads, tokens, rows, dim):
+    weight = draw(rows, dim, dtype=dtype)
+    taken = torch.randint(rows, tokens, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    check(
+        lambda w: passes.embedding(taken, w),
+        lambda w: reference.embedding(taken, w),
+        [weight],
+        tolerance(dtype),
+    )
+    torch.set_num_threads(before)
+
+
+@needs_passes
+def test_a_row_that_many_tokens_take_gets_their_exact_sum():
+    weight = draw(3, 8, dtype=torch.bfloat16)
+    passes.embedding(torch.ones(5000, dtype=torch.int64), weight).sum().backward()
+    assert weight.grad[1].tolist() == [4992.0] * 8  # 5000, rounded; added one by one bf16 stays at 256
+    assert not weight.grad[0].any()
+    assert not weight.grad[2].any()
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 33), (2, 100, 200)])
 def test_gate(dtype, shape):
     inputs = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
