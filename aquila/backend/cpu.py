@@ -186,11 +186,13 @@ def synchronize() -> None:
 def kernels() -> dict[str, str]:
     """What runs each operation on this device, in words: of bf16, where dtypes differ."""
     row_wise = "compiled, in one pass" if passes.available() else "torch"
+    by_rows = "compiled, a row at a time" if fused_loss.available() else "blocked, in cache"
     return {
         "attention": "flash on matrix tiles" if tile_attention.available() else "torch SDPA (flash for CPU)",
         "rms_norm": row_wise,
         "rotary": row_wise,
         "swiglu": row_wise,
-        "cross_entropy": "compiled, a row at a time" if fused_loss.available() else "blocked, in cache",
+        "linear": "on matrix tiles" if tile_products.available() else "torch",
+        "cross_entropy": "whole, on matrix tiles" if tile_loss.available() else by_rows,
         "optimizer": "AdamW, " + row_wise,
     }
