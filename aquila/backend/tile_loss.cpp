@@ -53,17 +53,6 @@ void block_of(const Loss& s, const bf16* weight, int64_t first, bf16* out) {
     }
 }
 
-// Brings memory into the second cache, a few lines at each call.
-struct Ahead {
-    const char *at, *end;
-    int lines;
-    Ahead(const void* from, int64_t bytes, int64_t calls)
-        : at((const char*)from), end(at + bytes), lines(int((bytes / 64 + calls - 1) / calls)) {}
-    void operator()() {
-        for (int i = 0; i < lines && at < end; i++, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-    }
-};
-
 // What becomes of a tile of logits (TILE, SPAN): two rows at each call, as long as there are any.
 struct Exponentials {  // of which pass 1 takes the sum: 2^(logit log2(e) - top), as a right operand
     const float* logits;

@@ -10,7 +10,8 @@
 
 namespace {
 #if defined(TILES)
-constexpr int64_t ROWS = 256;   // outputs a block
+constexpr int64_t ROWS = 256;   // outputs a block of the weight's gradient
+constexpr int64_t COLUMNS = 512;  // inputs a block: its sums, and a packed block of y, stay in the second cache
 constexpr int64_t DEPTH = 512;  // tokens a block: two panels of x stay in the first cache
 constexpr int64_t PAD = 32;     // rows a power of two apart would share few places of a cache
 constexpr int64_t LEFT = DEPTH + PAD;
@@ -41,9 +42,10 @@ void product(const bf16* x, int64_t x_row, const bf16* w, bool turned, bf16* out
         bf16* last = memory.take<bf16>(32 * k);
         float* sums = memory.take<float>(32 * (part + 16));
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < n; c += 16) {
-            if (turned) pack_transposed(w + c * k, k, 16, k, 16, packed + c * k);
-            else pack(w + c, n, k, 16, k, packed + c * k);
+        for (int64_t c = 0; c < n; c += PACKED) {
+            const int64_t wide = std::min(PACKED, n - c);
+            if (turned) pack_transposed(w + c * k, k, wide, k, wide, packed + c * k);
+            else pack(w + c, n, k, wide, k, packed + c * k);
         }
         for (int64_t first = 0; first < n; first += part) {
             const int64_t columns = std::min(part, n - first), row = k > DEPTH ? part + 16 : 32;
@@ -85,31 +87,34 @@ void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens,
     {
         Tiles tiles;
         static thread_local Memory memory;
-        memory.start(ROWS * (LEFT * sizeof(bf16) + (inputs + PAD) * sizeof(float)) + 128);
+        memory.start(ROWS * (LEFT * sizeof(bf16) + (COLUMNS + PAD) * sizeof(float)) + 128);
         bf16* left = memory.take<bf16>(ROWS * LEFT);
-        float* sums = memory.take<float>(ROWS * (inputs + PAD));
+        float* sums = memory.take<float>(ROWS * (COLUMNS + PAD));
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < inputs; c += 16) pack(x + c, inputs, tokens, 16, deep, packed + c * deep);
-#pragma omp for schedule(dynamic)
-        for (int64_t o = 0; o < outputs; o += ROWS) {
-            const int64_t own = std::min(ROWS, outputs - o);
-            for (int64_t t = 0; t < deep; t += DEPTH) {
-                const int64_t now = std::min(DEPTH, deep - t), whole = own / 16 * 16;
-                transpose(y + t * y_row + o, y_row, tokens - t, whole, now, left, LEFT);
-                for (int64_t i = whole; i < own; i++)  // what a vector does not fill
-                    for (int64_t s = 0; s < now; s++)
-                        left[i * LEFT + s] = t + s < tokens ? y[(t + s) * y_row + o + i] : bf16{0};
-                multiply(left, LEFT, packed + 16 * t, 16 * deep, sums, inputs + PAD, (own + 31) / 32 * 32, inputs, now, t > 0);
+        for (int64_t c = 0; c < inputs; c += PACKED)
+            pack(x + c, inputs, tokens, std::min(PACKED, inputs - c), deep, packed + c * deep);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t c = 0; c < inputs; c += COLUMNS)
+            for (int64_t o = 0; o < outputs; o += ROWS) {
+                const int64_t own = std::min(ROWS, outputs - o), columns = std::min(COLUMNS, inputs - c);
+                for (int64_t t = 0; t < deep; t += DEPTH) {
+                    const int64_t now = std::min(DEPTH, deep - t), whole = own / 16 * 16;
+                    transpose(y + t * y_row + o, y_row, tokens - t, whole, now, left, LEFT);
+                    for (int64_t i = whole; i < own; i++)  // what a vector does not fill
+                        for (int64_t s = 0; s < now; s++)
+                            left[i * LEFT + s] = t + s < tokens ? y[(t + s) * y_row + o + i] : bf16{0};
+                    multiply(left, LEFT, packed + c * deep + 16 * t, 16 * deep, sums, COLUMNS + PAD, (own + 31) / 32 * 32,
+                             columns, now, t > 0);
+                }
+                for (int64_t i = 0; i < own; i++) {
+                    W* to = w + (o + i) * inputs + c;
+                    const float* from = sums + i * (COLUMNS + PAD);
+                    if (add)
+                        for (int64_t j = 0; j < columns; j++) store(to + j, float(to[j]) + from[j]);
+                    else
+                        for (int64_t j = 0; j < columns; j++) store(to + j, from[j]);
+                }
             }
-            for (int64_t i = 0; i < own; i++) {
-                W* to = w + (o + i) * inputs;
-                const float* from = sums + i * (inputs + PAD);
-                if (add)
-                    for (int64_t c = 0; c < inputs; c++) store(to + c, float(to[c]) + from[c]);
-                else
-                    for (int64_t c = 0; c < inputs; c++) store(to + c, from[c]);
-            }
-        }
     }
 }
 #endif

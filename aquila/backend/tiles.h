@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #endif
@@ -118,17 +119,32 @@ inline void end(float* c, int64_t c_row) {
     _tile_stored(3, c + 16 * c_row + 16, 4 * c_row);
 }
 
+// Brings memory into the second cache, a few lines at each call.
+struct Ahead {
+    const char *at, *end;
+    int lines;
+    Ahead(const void* from, int64_t bytes, int64_t calls)
+        : at((const char*)from), end(at + bytes), lines(int((bytes / 64 + calls - 1) / calls)) {}
+    void operator()() {
+        for (int i = 0; i < lines && at < end; i++, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+    }
+};
+
 // c (m, n) = a (m, k) b (k, n), or += with `add`. m and n are multiples of 32, as is k; `panel` counts the
 // elements from one panel of b to the next. Fastest where two panels of b fill no more than the first cache.
 inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t panel, float* c, int64_t c_row,
                      int64_t m, int64_t n, int64_t k, bool add) {
-    for (int64_t j = 0; j < n; j += 32)
+    for (int64_t j = 0; j < n; j += 32) {
+        const bf16 *left = b + j / 16 * panel, *right = left + panel;
+        const int64_t more = j + 32 < n ? k * 32 : 0, calls = m / 32 * (k / 32);
+        Ahead next_left(left + 2 * panel, more, calls), next_right(right + 2 * panel, more, calls);
         for (int64_t i = 0; i < m; i += 32) {
             float* sums = c + i * c_row + j;
             begin(sums, c_row, add);
-            accumulate<false>(a + i * a_row, a_row, b + j / 16 * panel, b + (j / 16 + 1) * panel, k, nothing);
+            accumulate<false>(a + i * a_row, a_row, left, right, k, [&] { next_left(), next_right(); });
             end(sums, c_row);
         }
+    }
 }
 
 // 16 values of two rows, side by side: lane i is (above[i], below[i]).
@@ -164,12 +180,15 @@ inline void turn(__m512i* v) {
 }
 
 // x (rows, columns) as a right operand, k = rows; rows up to `deep` are zeros. columns: a multiple of 16.
+// Four panels at a time: what lies beside one another in x is read at once, and few places are written to by turns.
+constexpr int64_t PACKED = 64;
 inline void pack(const bf16* x, int64_t row, int64_t rows, int64_t columns, int64_t deep, bf16* out) {
-    for (int64_t c = 0; c < columns; c += 16)
-        for (int64_t r = 0; r < deep; r += 2) {
-            const bf16* at = x + r * row + c;
-            _mm512_store_si512(out + c * deep + 16 * r, pairs(r < rows ? at : nullptr, r + 1 < rows ? at + row : nullptr));
-        }
+    for (int64_t first = 0; first < columns; first += PACKED)
+        for (int64_t r = 0; r < deep; r += 2)
+            for (int64_t c = first; c < std::min(columns, first + PACKED); c += 16) {
+                const bf16* at = x + r * row + c;
+                _mm512_store_si512(out + c * deep + 16 * r, pairs(r < rows ? at : nullptr, r + 1 < rows ? at + row : nullptr));
+            }
 }
 
 // The transpose of x (rows, columns) as a right operand, k = columns, rows up to `wide` zeros.
