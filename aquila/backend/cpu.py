@@ -146,8 +146,10 @@ def _keep_freed_memory() -> None:
     """Tells glibc to keep what was freed, but for the largest blocks, for the next step asks for it again.
 
     Given back to the system, it is faulted in anew at every step, page by page: a tenth of a step's time.
+    Who sets glibc's own variables for it decides.
     """
-    if platform.libc_ver()[0] == "glibc":
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not told:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
