@@ -4,8 +4,8 @@ import codecs
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = (
 END_OF_TEXT = "<|endoftext|>"
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every tokenizer can do. Ids are Python ints, arrays are int32."""
 
     special_tokens: dict[str, int]
@@ -40,9 +40,9 @@ class Tokenizer:
     _strip_first_space = False
     """Whether decoding leaves out a space before the first token."""
 
+    @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text` as int32, without specials. Raises `UserError` for a lone surrogate."""
-        raise NotImplementedError
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`, without `[CLS]` and `</s>` around it.
@@ -103,10 +103,10 @@ class Tokenizer:
         """A decoder fed one id at a time, that gives out whole characters only."""
         return DecodeStream(self, skip_special)
 
-    @cached_property
+    @property
+    @abstractmethod
     def _bytes(self) -> list[bytes]:
         """UTF-8 bytes of each id."""
-        raise NotImplementedError
 
     def _place_specials(self, vocab: dict[str, int], vocab_size: int) -> None:
         """Sets the special ids: their own in the vocabulary where it has them, else after the last id."""
