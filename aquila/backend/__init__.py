@@ -46,7 +46,10 @@ def get_backend(device_type: str) -> ModuleType:
 
 
 def detect() -> str:
-    """The best device type that this machine really has: "cuda", "npu" or "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "npu" if npu.device_count() else "cpu"
+    """The best device type that this machine really has: "cuda", "npu" or "cpu".
+
+    The NPU is asked first: TORCH_TRANSFER_TO_NPU=1 makes torch_npu answer in CUDA's name.
+    """
+    if npu.device_count():
+        return "npu"
+    return "cuda" if torch.cuda.is_available() else "cpu"

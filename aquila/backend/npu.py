@@ -6,6 +6,7 @@ and HCCL have not run on a device. The documented limits are checked here, becau
 functions hardly check them.
 """
 
+import re
 from collections.abc import Iterable
 from functools import partial
 
@@ -16,10 +17,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
 from aquila.backend.reference import TRIANGLE_BLOCK
+from aquila.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
-OPTIMIZERS = ("npu", "torch", "apex")
+OPTIMIZERS = ("torch",)
 
 # What torch does as well here as anything else.
 adamw = reference.adamw
@@ -35,8 +37,13 @@ _COMPRESSED_MASK = 2048  # the causal sparse modes take a mask of this size, wha
 _RIGHT_DOWN_CAUSAL = 3
 _SOFTMAX_MIN, _SOFTMAX_MAX, _SOFTMAX_STEP = 32, 4096, 32
 _ROTARY_HEAD_LIMIT = 896
+# Names of the first generation, as torch_npu lists them: it lacks bf16, npu_fusion_attention, npu_swiglu,
+# npu_cross_entropy_loss and the interleaved rotary. A bare "Ascend910B" is one of them; 910B1 to B4 are not.
+_FIRST_GENERATION = re.compile(r"Ascend910(PremiumA|ProA|ProB|A|B)?")
+# Both combine parameters and gradients into flat buffers once; DeepSpeed gives each step new gradients.
+_FLAT_BUFFERS = ("npu", "apex")
 # Dense bf16 and fp16 peak in TFLOP/s, by the vendor's published figures.
-_PEAKS = {"910A": 256, "910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910B": 313}
+_PEAKS = {"910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280}
 
 _NO_FP8 = "torchao's float8 layers do not run on an NPU; say fp8: false"
 convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
@@ -264,22 +271,22 @@ def cross_entropy_(
 
 
 def optimizer_kind(asked: str = "auto") -> str:
-    """torch_npu's fused AdamW."""
-    return "npu" if asked == "auto" else asked
+    """torch's AdamW as one fused kernel, which torch_npu maps to aclnnApplyAdamWV2."""
+    return "torch" if asked == "auto" else asked
 
 
 def optimizer(
     kind: str, params: Iterable, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW. Raises `UserError` for a kind that cannot be built here."""
+    """AdamW. Raises `UserError` for a kind that does not work under DeepSpeed here."""
     kind = optimizer_kind(kind)
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if kind in _FLAT_BUFFERS:
+        raise UserError(
+            f"optimizer: '{kind}' keeps the first step's gradients in flat buffers of its own and, under "
+            "DeepSpeed, fails or applies them in every step; there are: auto, torch"
+        )
     if kind == "torch":
-        return common.torch_adamw(params, **options)
-    if kind == "npu" and (fused := common.find("torch_npu.optim", "NpuFusedAdamW")):
-        return fused(params, **options, amsgrad=False)
-    if kind == "apex" and (fused := common.find("apex.optimizers", "FusedAdam")):
-        return fused(params, **options, adam_w_mode=True)
+        return common.torch_adamw(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     raise common.refuse_optimizer(kind, OPTIMIZERS)
 
 
@@ -291,10 +298,18 @@ def device_count() -> int:
 
 
 def set_device(local_rank: int) -> torch.device:
-    """Makes the rank's NPU the current one. Raises `ValueError` when there are fewer."""
+    """Makes the rank's NPU the current one.
+
+    Raises `ValueError` when there are fewer, `UserError` on a chip that lacks the operators used here.
+    """
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
     torch.npu.set_device(local_rank)
+    if _FIRST_GENERATION.fullmatch(device_name()):
+        raise UserError(
+            f"{device_name()} is of the first Ascend 910 generation, which lacks npu_fusion_attention, "
+            "npu_swiglu and npu_cross_entropy_loss; train on a 910B1 to 910B4 or a later chip"
+        )
     return torch.device("npu", local_rank)
 
 
@@ -304,8 +319,8 @@ def device_name() -> str:
 
 
 def supported_precisions() -> tuple[str, ...]:
-    """What the operators used here take; the first Ascend 910 has no bf16."""
-    return ("fp16", "fp32") if "910A" in device_name() else ("bf16", "fp16", "fp32")
+    """What the device takes; the first Ascend 910 has no bf16."""
+    return ("fp16", "fp32") if _FIRST_GENERATION.fullmatch(device_name()) else ("bf16", "fp16", "fp32")
 
 
 def fp8_support() -> str:
@@ -337,5 +352,5 @@ def kernels() -> dict[str, str]:
         "rotary": "npu_rotary_mul, interleave",
         "swiglu": "npu_swiglu",
         "cross_entropy": "npu_cross_entropy_loss",
-        "optimizer": "NpuFusedAdamW",
+        "optimizer": "torch.optim.AdamW, fused",
     }

@@ -4,7 +4,8 @@ import npu_kernels
 import pytest
 import torch
 
-from aquila.backend import npu, reference
+from aquila.backend import detect, npu, reference
+from aquila.errors import UserError
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(diagonal=1)
 
@@ -82,3 +83,60 @@ def test_without_torch_npu_there_is_no_device():
     assert npu.device_count() == 0
     with pytest.raises(ValueError, match="0 are visible"):
         npu.set_device(0)
+
+
+ADAMW = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("kind", ["npu", "apex"])
+def test_optimizers_that_keep_old_gradients_are_refused_by_name(kind):
+    with pytest.raises(UserError, match=f"'{kind}' keeps the first step's gradients"):
+        npu.optimizer(kind, [torch.nn.Parameter(torch.ones(2))], **ADAMW)
+
+
+def test_the_default_optimizer_uses_each_steps_own_gradients():
+    """As DeepSpeed steps: one group at a time, a new gradient tensor each step, against AdamW by hand."""
+    torch.manual_seed(0)
+    masters = [torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(torch.randn(3))]
+    decays = (0.1, 0.0)
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(masters, decays, strict=True)]
+    optimizer = npu.optimizer("auto", groups, **ADAMW)
+    expected = [(p.detach().double(), torch.zeros(len(p)), torch.zeros(len(p))) for p in masters]
+    every_group = optimizer.param_groups
+    for step in range(1, 6):
+        for i, group in enumerate(every_group):
+            masters[i].grad = gradient = torch.randn_like(masters[i]) * step
+            optimizer.param_groups = [group]
+            optimizer.step()
+            optimizer.param_groups = every_group
+            p, first, second = expected[i]
+            first = 0.9 * first + 0.1 * gradient.double()
+            second = 0.95 * second + 0.05 * gradient.double() ** 2
+            move = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+            expected[i] = (p * (1 - 0.01 * decays[i]) - 0.01 * move, first, second)
+    for p, (wanted, _, _) in zip(masters, expected, strict=True):
+        assert (p.double() - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("chip", ["910", "910A", "910ProA", "910ProB", "910PremiumA", "910B"])
+def test_chips_of_the_first_generation_are_refused_by_name(monkeypatch, chip):
+    monkeypatch.setattr(npu, "device_name", lambda: f"Ascend{chip}")
+    monkeypatch.setattr(npu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "npu", type("", (), {"set_device": lambda rank: None}), raising=False)
+    with pytest.raises(UserError, match=f"Ascend{chip} is of the first Ascend 910 generation"):
+        npu.set_device(0)
+    assert "bf16" not in npu.supported_precisions()
+    assert npu.peak_flops(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("chip", ["910B1", "910B2", "910B2C", "910B3", "910B4", "910B4-1"])
+def test_later_chips_keep_bf16_and_their_peak(monkeypatch, chip):
+    monkeypatch.setattr(npu, "device_name", lambda: f"Ascend{chip}")
+    assert npu.supported_precisions()[0] == "bf16"
+    assert npu.peak_flops(torch.bfloat16) == npu._PEAKS[chip[:5]] * 1e12
+
+
+def test_an_npu_that_answers_in_cudas_name_is_an_npu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(npu, "device_count", lambda: 1)
+    assert detect() == "npu"
