@@ -52,7 +52,7 @@ choose_torch() {
     if [ "$device" = npu ]; then
         fail "the package index has torch only as the CUDA build, which torch_npu refuses, and $PYTORCH_CPU_WHEELS cannot be reached; set TORCH_INDEX_URL to a package index that has a CPU build of torch"
     fi
-    echo "no CPU build of torch in reach: taking the CUDA build (gigabytes more); to avoid it, set TORCH_INDEX_URL to a package index that has a CPU build"
+    echo "no CPU build of torch in reach: taking the CUDA build (3 to 4 GB more on disk); to avoid it, set TORCH_INDEX_URL to a package index that has a CPU build"
 }
 
 # The build of torch that pip would install from there: cpu (also: what is wanted is installed), cuda or none.
