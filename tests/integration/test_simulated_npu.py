@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launch_helpers import environment
-from tests.integration.training_runs import make_project, metrics
+from tests.integration.launch_helpers import ROOT, environment
+from tests.integration.training_runs import exact, make_project, metrics
 from tests.npu_simulator import cann
 
 RUNS = Path(cann.__file__).with_name("runs.py")
@@ -104,13 +104,25 @@ def pretrain(experiment: str, options: Sequence[str]) -> list[str]:
     return ["pretrain", "run.yaml", "small", experiment, *SHORT, *options]
 
 
-def on_both(project: Path, simulated: dict[str, str], runs: dict[str, tuple[str, ...]], ranks: int) -> None:
-    """The runs on CPU ranks (cpu-..., fp16 as fp32) and on simulated NPUs (npu-...), side by side."""
-    on_npu = start(project, [pretrain(f"npu-{name}", run) for name, run in runs.items()], ranks, simulated)
-    wide = {name: [FP32 if "fp16" in option else option for option in run] for name, run in runs.items()}
-    on_cpu = start(project, [pretrain(f"cpu-{name}", run) for name, run in wide.items()], ranks, {})
-    finish(on_cpu)
-    assert "Ascend910B3" in finish(on_npu)
+def on_both(
+    project: Path, simulated: dict[str, str], runs: dict[str, Sequence[str]], ranks: int, *more: list[str]
+) -> tuple[str, str]:
+    """The runs on CPU ranks (cpu-..., fp16 as fp32) and on simulated NPUs (npu-...), side by side.
+
+    `more` commands follow, with {device} for npu or cpu. Returns what each side's first rank printed.
+    """
+    sides = {}
+    for device, variables in (("npu", simulated), ("cpu", {})):
+        commands = []
+        for name, options in runs.items():
+            kept = [FP32 if device == "cpu" and "fp16" in option else option for option in options]
+            commands.append(pretrain(f"{device}-{name}", kept))
+        commands += [[word.replace("{device}", device) for word in command] for command in more]
+        sides[device] = start(project, commands, ranks, variables)
+    cpu = finish(sides["cpu"])
+    npu = finish(sides["npu"])
+    assert "Ascend910B3" in npu
+    return npu, cpu
 
 
 def assert_same_losses(project: Path, name: str) -> None:
@@ -124,10 +136,23 @@ def assert_same_losses(project: Path, name: str) -> None:
         assert ours
 
 
+def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: dict[str, str]) -> None:
+    stopped = pretrain("{device}-stopped", (*ONE_RANK["one-zero2"], "exit_interval=2"))
+    run = "checkpoints_out/{device}-one-zero2/0"
+    generate = [str(ROOT / "generate.py"), "--model-dir", run, "--prompt", "On Friday", "--json"]
+    generate += ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "fp32"]
+    npu, cpu = on_both(project, simulated, ONE_RANK, 1, stopped, stopped, generate)
+    for name in ONE_RANK:
+        assert_same_losses(project, name)
+    assert "resumes at step 2" in npu
+    assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
+    answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        pytest.param(1, ONE_RANK, id="one rank"),
         pytest.param(2, TWO_RANKS, id="two ranks"),
         pytest.param(1, MORE_ON_ONE_RANK, id="more on one rank", marks=pytest.mark.slow),
         pytest.param(2, MORE_ON_TWO_RANKS, id="more on two ranks", marks=pytest.mark.slow),
