@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["aquila", "aquila.*", "data_tools"]),
     py_modules=["generate"],
-    package_data={"aquila.backend": ["*.cpp", "*.h"]},
+    package_data={"aquila.backend.cpu_kernels": ["*.cpp", "*.h", "amx/*.cpp", "amx/*.h"]},
     install_requires=requirements("torch") + requirements("core"),
     extras_require={name: requirements(name) for name in ("extras", "dev", "npu")},
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aquila.config import ModelConfig, load_model_config
 from aquila.config.strict import read_json, validate
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.model import hf
 from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, replacing, write_safetensors
 

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 
 from aquila.config import EffectiveConfig
-from aquila.errors import UserError
-from aquila.training.console import say
-from aquila.training.engine import SHARDS, Engine, make_universal, on_first_rank
-from aquila.training.files import (
+from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
     clear_leftovers,
@@ -22,7 +19,10 @@ from aquila.training.files import (
     step_of,
     write_atomically,
 )
-from aquila.training.randomness import restore_random_state
+from aquila.core.errors import UserError
+from aquila.training.console import say
+from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aquila.backend import detect, npu, reference
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(diagonal=1)
 

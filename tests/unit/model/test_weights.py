@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.model import AquilaModel, hf, load_weights, save_weights
 from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, write_safetensors, write_torch
 
