@@ -1,1 +1,1 @@
-"""What every room uses and none owns: errors, paths, files, JSON lines, the run folder. Imports nothing of ours."""
+"""What every room uses and none owns: errors, paths, JSON lines, the run folder. Imports nothing of ours."""

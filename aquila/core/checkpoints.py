@@ -32,6 +32,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that everything uses: in `folder`, the highest step whose files agree with its manifest.
+
+    Training, generation, evaluation and conversion all ask here, so they never use different ones. The file
+    `latest` is written for people and has no say. Second: what is wrong with each later one, a line each.
+    """
+    problems: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(f"checkpoint {checkpoint} is damaged and is not used: {problem}")
+    return None, problems
+
+
 def set_aside(checkpoints: list[Path]) -> Path:
     """Moves checkpoints of one folder into a new one beside them, `superseded-1`, and returns it."""
     parent = checkpoints[0].parent

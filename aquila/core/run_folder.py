@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aquila.core.checkpoints import FOLDER, list_checkpoints
 from aquila.core.errors import UserError
 
 _EXPERIMENT = re.compile(r"[\w][\w.+-]*$")
@@ -36,12 +37,8 @@ def experiment_dir(root: Path, experiment: str) -> Path:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a version holds something to resume from: `latest` names a checkpoint that is there."""
-    latest = run_dir / "checkpoints" / "latest"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        name = latest.read_text(encoding="utf-8").strip()
-        return bool(name) and (run_dir / "checkpoints" / name).is_dir()
-    return False
+    """Whether a version holds finished checkpoints. That they are whole is checked when one is loaded."""
+    return bool(list_checkpoints(run_dir / FOLDER))
 
 
 def versions(folder: Path) -> list[Path]:

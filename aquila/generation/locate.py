@@ -1,12 +1,12 @@
 """Finds the model to talk to. Without torch, so that a wrong path is answered at once."""
 
-import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from aquila.core.checkpoints import FOLDER, list_checkpoints, newest_checkpoint
 from aquila.core.errors import UserError
 
-_STEP = re.compile(r"step-(\d+)$")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
 HOW_TO_GET_ONE = (
     "to get one: `bash scripts/quickstart.sh` trains aquila-tiny in a few minutes, or put released weights "
@@ -21,7 +21,7 @@ def find_model_dir(given: str | None, root: Path) -> Path:
     under `root`'s `checkpoints_in`. Raises `UserError` saying how to get a model when there is none.
     """
     if given is None:
-        found = newest_checkpoint(root / "checkpoints_out")
+        found = _newest_of((root / "checkpoints_out").glob(f"*/*/{FOLDER}"))
         if found is None:
             raise UserError(f"no trained model under {root / 'checkpoints_out'}; {HOW_TO_GET_ONE}")
         return found
@@ -32,7 +32,7 @@ def find_model_dir(given: str | None, root: Path) -> Path:
             raise UserError(f"model folder {folder} does not exist; {HOW_TO_GET_ONE}")
         folder = named
     if not (folder / "config.json").is_file():
-        found = _newest_of([folder / "checkpoints", folder]) or _newest_of(folder.glob("*/checkpoints"))
+        found = _newest_of([folder / FOLDER, folder]) or _newest_of(folder.glob(f"*/{FOLDER}"))
         if found is not None:
             return found
     if not has_weights(folder):
@@ -42,31 +42,17 @@ def find_model_dir(given: str | None, root: Path) -> Path:
     return folder
 
 
-def newest_checkpoint(runs: Path) -> Path | None:
-    """The newest checkpoint of the newest run under `runs` (EXP/VERSION/checkpoints/step-N)."""
-    return _newest_of(runs.glob("*/*/checkpoints"))
-
-
 def _newest_of(folders: Iterable[Path]) -> Path | None:
-    found = [latest for folder in folders if (latest := _latest(folder))]
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+    """The newest undamaged checkpoint of the run that saved last, with a warning for each damaged one."""
+    runs = [(found[-1], folder) for folder in folders if (found := list_checkpoints(folder))]
+    for _, folder in sorted(runs, key=lambda run: (run[0].stat().st_mtime, run[0].name), reverse=True):
+        found, problems = newest_checkpoint(folder)
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
+        if found:
+            return found
+    return None
 
 
 def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
-
-
-def _latest(checkpoints: Path) -> Path | None:
-    """What `latest` names; when it is missing or names nothing whole, the highest step that is whole."""
-    try:
-        named = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
-        if named.parent == checkpoints and _whole(named):
-            return named
-    except OSError:
-        pass
-    steps = [path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name) and _whole(path)]
-    return max(steps, key=lambda path: int(_STEP.fullmatch(path.name).group(1)), default=None)
-
-
-def _whole(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and has_weights(folder)

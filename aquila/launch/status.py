@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.core import run_folder
+from aquila.core.checkpoints import FOLDER, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.core.jsonl import last_lines
 from aquila.core.paths import ROOT
@@ -68,10 +69,9 @@ def details(run_dir: Path, told: dict[str, Any]) -> list[str]:
     lines = [describe(metric)] if metric else ["no step logged yet"]
     if (slowest := metric.get("slowest_rank")) is not None:
         lines.append(f"slowest rank: {slowest}")
-    if run_folder.has_checkpoint(run_dir):
-        latest = run_dir / "checkpoints" / "latest"
-        age = time.time() - latest.stat().st_mtime
-        lines.append(f"last checkpoint: {latest.read_text(encoding='utf-8').strip()}, {ago(age)}")
+    if checkpoints := list_checkpoints(run_dir / FOLDER):
+        age = time.time() - checkpoints[-1].stat().st_mtime
+        lines.append(f"last checkpoint: {checkpoints[-1].name}, {ago(age)}")
     else:
         lines.append("last checkpoint: none yet")
     lines.append(f"logs: {run_dir / 'logs'}")

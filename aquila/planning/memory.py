@@ -144,7 +144,7 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     # Averages over many micro steps are summed in fp32.
     gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
     # fp32 master weights and Adam's two moments; the step casts the gradients to fp32, and where
-    # training/lean.py does it, block after block.
+    # training/deepspeed/zero_step.py does it, block after block.
     optimizer, step, host = 12 * owned, 4 * owned, 0.0
     lean = stage in (1, 2) and b == 2 and not setup.offload
     if lean:
@@ -170,7 +170,7 @@ def _bucket_elements(total: int, setup: Setup) -> float:
     """
     filled = min(setup.bucket, total)
     one_rank = setup.devices == 1 and setup.zero_stage < 3 and setup.dtype_bytes == 2 and not setup.offload
-    if setup.zero_stage == 0 or one_rank:  # training/lean.py: nothing to reduce
+    if setup.zero_stage == 0 or one_rank:  # training/deepspeed/zero_step.py: nothing to reduce
         return 0.0
     if setup.zero_stage == 3:
         return 2 * filled if setup.lazy_buffers else setup.bucket + filled

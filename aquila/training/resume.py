@@ -14,6 +14,7 @@ from aquila.core.checkpoints import (
     clear_leftovers,
     damage,
     list_checkpoints,
+    newest_checkpoint,
     read_state,
     set_aside,
     step_of,
@@ -58,18 +59,15 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
 
 
 def _newest_whole(checkpoints: Path) -> Path | None:
-    found = list_checkpoints(checkpoints)
-    for folder in reversed(found):
-        problem = damage(folder)
-        if problem is None:
-            return folder
-        say(f"warning: checkpoint {folder} is not whole and is not used: {problem}")
-    if found:
+    found, problems = newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: {problem}")
+    if problems and not found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {checkpoints} is whole; "
+            f"none of the {len(problems)} checkpoints in {checkpoints} is whole; "
             "restore one, or start anew under another experiment name or with resume=never"
         )
-    return None
+    return found
 
 
 def _of_this_launch(checkpoint: Path) -> bool:

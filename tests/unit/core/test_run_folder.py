@@ -13,7 +13,6 @@ def make_version(folder: Path, name: str, checkpoint: bool) -> None:
     if checkpoint:
         step = folder / name / "checkpoints" / "step-00000010"
         step.mkdir(parents=True)
-        (step.parent / "latest").write_text("step-00000010\n")
 
 
 def test_auto_continues_the_newest_version_with_a_checkpoint(tmp_path: Path) -> None:
@@ -27,9 +26,17 @@ def test_auto_continues_the_newest_version_with_a_checkpoint(tmp_path: Path) -> 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     make_version(tmp_path, "2026010109", checkpoint=False)
-    (tmp_path / "2026010109" / "checkpoints").mkdir()
-    (tmp_path / "2026010109" / "checkpoints" / "latest").write_text("step-00000010")  # its folder is missing
+    (tmp_path / "2026010109" / "checkpoints" / ".step-00000010.partial").mkdir(parents=True)
     assert run_folder.choose_version(tmp_path, "auto")[1] is False
+
+
+@pytest.mark.parametrize("latest", [None, "", "step-00000099", "\udcff"])
+def test_a_lost_or_wrong_latest_changes_nothing(tmp_path: Path, latest: str | None) -> None:
+    make_version(tmp_path, "2026010109", checkpoint=True)
+    if latest is not None:
+        path = tmp_path / "2026010109" / "checkpoints" / "latest"
+        path.write_bytes(latest.encode("utf-8", "surrogateescape"))
+    assert run_folder.choose_version(tmp_path, "auto") == ("2026010109", True)
 
 
 def test_never_takes_a_new_version_with_a_number_of_its_own(tmp_path: Path, monkeypatch) -> None:

@@ -1,45 +1,56 @@
 """Which model is taken when none, a run or a name is given."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from aquila.core.checkpoints import fingerprint
 from aquila.core.errors import UserError
 from aquila.generation.locate import find_model_dir
+from aquila.model.weights import resolve_model_dir
+from aquila.training.resume import find_resume
 
 
-def checkpoint(root, run, step, when=None, latest=True):
+def checkpoint(root, run, step, when=None):
     folder = root / "checkpoints_out" / run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
-    if latest:
-        (folder.parent / "latest").write_text(folder.name + "\n")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "state.json").write_text("{}")
+    manifest = {path.name: fingerprint(path) for path in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     if when is not None:
         os.utime(folder, (when, when))
     return folder
 
 
-def test_newest_run_wins_and_latest_names_its_checkpoint(tmp_path):
+def test_newest_run_wins_with_its_highest_step(tmp_path):
     checkpoint(tmp_path, "a/v1", 900, when=1000)
-    expected = checkpoint(tmp_path, "b/v2", 10, when=2000)
-    checkpoint(tmp_path, "b/v2", 20, when=3000, latest=False)
+    checkpoint(tmp_path, "b/v2", 10, when=2000)
+    expected = checkpoint(tmp_path, "b/v2", 20, when=3000)
     assert find_model_dir(None, tmp_path) == expected
 
 
-def test_without_a_good_latest_the_highest_whole_step_is_taken(tmp_path):
-    first = checkpoint(tmp_path, "a/v1", 5)
-    (checkpoint(tmp_path, "a/v1", 7) / "model.safetensors").unlink()
-    assert find_model_dir(None, tmp_path) == first
+@pytest.mark.parametrize("latest", ["", "step-00000099", "../../../elsewhere"])
+def test_what_the_file_latest_says_does_not_matter(tmp_path, latest):
+    checkpoint(tmp_path, "a/v1", 5)
+    expected = checkpoint(tmp_path, "a/v1", 7)
+    (expected.parent / "latest").write_text(latest)
+    assert find_model_dir(None, tmp_path) == expected
 
 
-def test_latest_cannot_lead_elsewhere(tmp_path):
-    inside = checkpoint(tmp_path, "a/v1", 5)
-    outside = checkpoint(tmp_path / "other", "x/y", 1)
-    (inside.parent / "latest").write_text(str(outside))
-    assert find_model_dir(None, tmp_path) == inside
+def test_a_flipped_bit_leads_to_the_checkpoint_before_as_in_training(tmp_path, capsys):
+    whole = checkpoint(tmp_path, "a/v1", 5)
+    damaged = checkpoint(tmp_path, "a/v1", 7)
+    (damaged / "model.safetensors").write_bytes(b"weighus")
+    run = damaged.parents[1]
+    assert find_model_dir(None, tmp_path) == whole
+    assert str(damaged) in capsys.readouterr().err
+    assert find_resume(run, "auto") == whole
+    assert resolve_model_dir(run) == whole
 
 
 def test_a_run_its_checkpoints_and_a_name_are_understood(tmp_path):
