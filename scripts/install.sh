@@ -154,8 +154,9 @@ install_all() {
     echo "installing the build tools"
     "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/build.txt"
     echo "installing the packages of requirements/core.txt (deepspeed is built from source, about a minute)"
-    # Its operators are compiled when they are first used, for the device that is there.
-    DS_BUILD_OPS=0 PATH="$VENV/bin:$PATH" \
+    # Its operators are compiled when they are first used, for the device that is there. Called a CPU here: on
+    # a machine with a GPU and without CUDA's toolkit deepspeed's setup.py would end with MissingCUDAException.
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PATH="$VENV/bin:$PATH" \
         "${pip[@]}" install -qq "${from[@]}" -c "$constraints" --no-build-isolation -r "$LISTS/core.txt"
     if [ "$device" = npu ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/npu.txt"; fi
     if [ "$dev" = 1 ]; then install_dev; fi
@@ -193,27 +194,13 @@ PYTHON
 
 # torch alone and first, by exact version: whatever follows then finds it there.
 install_torch() {
-    local device="$1"
-    if [ -n "${TORCH_INDEX_URL:-}" ] && [ ${#from[@]} = 0 ]; then
-        "${pip[@]}" install -qq --no-deps --index-url "$TORCH_INDEX_URL" -r "$LISTS/torch.txt"
-    elif [ "$device" != cuda ] && [ ${#from[@]} = 0 ]; then
-        refuse_cuda_build
+    if [ ${#from[@]} = 0 ]; then
+        choose_torch "$1" "$VENV/bin/python" "$(uname -m)"
+        if [ ${#torch_from[@]} -gt 0 ]; then
+            "${pip[@]}" install -qq --no-deps "${torch_from[@]}" -r "$LISTS/torch.txt"
+        fi
     fi
     "${pip[@]}" install -qq "${from[@]}" -r "$LISTS/torch.txt"
-}
-
-# On a machine without a GPU the CUDA build would bring gigabytes of packages that nothing uses.
-refuse_cuda_build() {
-    if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then return; fi
-    local report="$VENV/.torch-report.json"
-    "${pip[@]}" install -qq --dry-run --no-deps --report "$report" -r "$LISTS/torch.txt"
-    "$VENV/bin/python" - "$report" <<'PYTHON' || fail "the package index offers torch only as the CUDA build (gigabytes of packages that this machine has no use for); set TORCH_INDEX_URL to PyTorch's index of CPU wheels, or run: bash scripts/install.sh cuda"
-import json, sys
-from pip._vendor.packaging.requirements import Requirement
-needs = [Requirement(text) for item in json.load(open(sys.argv[1]))["install"] for text in item["metadata"].get("requires_dist", [])]
-pulled = [need.name for need in needs if need.name.startswith(("nvidia-", "cuda-")) and (not need.marker or need.marker.evaluate({"extra": ""}))]
-sys.exit(bool(pulled))
-PYTHON
 }
 
 main "$@"

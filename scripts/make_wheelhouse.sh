@@ -2,7 +2,7 @@
 # Collects every package as a wheel (deepspeed is built), for machines without any network.
 #   bash scripts/make_wheelhouse.sh cpu|cuda|npu [--platform x86_64|aarch64] [--python 3.11] DIR
 # There: bash scripts/install.sh [cpu|cuda|npu] --wheelhouse DIR
-# TORCH_INDEX_URL, when set, says where torch comes from.
+# TORCH_INDEX_URL, when set, says where torch comes from; else as install.sh chooses.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -35,29 +35,12 @@ for glibc in 2_17 2_24 2_26 2_27 2_28 2_31 2_34; do target+=(--platform "manylin
 target+=(--platform "manylinux2014_$platform" --platform "linux_$platform")
 
 echo "building deepspeed"
-DS_BUILD_OPS=0 PATH="$PROJECT/.venv/bin:$PATH" "${pip[@]}" wheel -qq --no-deps --no-build-isolation -w "$dir" \
+DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PATH="$PROJECT/.venv/bin:$PATH" "${pip[@]}" wheel -qq --no-deps --no-build-isolation -w "$dir" \
     "$(grep '^deepspeed==' "$LISTS/core.txt")"
 "${pip[@]}" wheel -qq --no-deps --no-build-isolation -w "$dir" -r "$LISTS/unbuilt.txt"
 echo "collecting torch for $device, $platform, Python $version"
-torch_from=()
-if [ -n "${TORCH_INDEX_URL:-}" ]; then torch_from=(--index-url "$TORCH_INDEX_URL"); fi
+choose_torch "$device" "$python" "$platform" "${target[@]}" --target "$dir"
 "${pip[@]}" download -qq --no-deps "${target[@]}" "${torch_from[@]}" -d "$dir" -r "$LISTS/torch.txt"
-if [ "$device" != cuda ]; then
-    "$python" - "$dir" <<'PYTHON' || fail "the package index offers torch for $platform only as the CUDA build; set TORCH_INDEX_URL to PyTorch's index of CPU wheels"
-import pathlib, sys, zipfile
-from email.parser import Parser
-from pip._vendor.packaging.requirements import Requirement
-wheel = max(pathlib.Path(sys.argv[1]).glob("torch-*.whl"), key=lambda path: path.stat().st_mtime)
-with zipfile.ZipFile(wheel) as file:
-    name = next(n for n in file.namelist() if n.endswith(".dist-info/METADATA"))
-    needs = Parser().parsestr(file.read(name).decode()).get_all("Requires-Dist", [])
-needs = [Requirement(text) for text in needs]
-pulled = [n.name for n in needs if n.name.startswith(("nvidia-", "cuda-")) and (not n.marker or n.marker.evaluate({"extra": ""}))]
-if pulled:
-    wheel.unlink()
-sys.exit(bool(pulled))
-PYTHON
-fi
 echo "collecting the other packages"
 lists=(-r "$LISTS/torch.txt" -r "$LISTS/build.txt" -r "$LISTS/core.txt" -r "$LISTS/extras.txt" -r "$LISTS/dev.txt")
 if [ "$device" = npu ]; then lists+=(-r "$LISTS/npu.txt"); fi

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,98 @@ def test_the_machine_s_own_torch_is_kept(tmp_path: Path) -> None:
     )
     assert refused.returncode == 2
     assert "cannot import torch" in refused.stderr or "Python's headers" in refused.stderr
+
+
+def package_index(folder: Path, name: str, *needs: str) -> str:
+    """A package index with one wheel of torch, of the release that is asked for: empty, but pip takes it."""
+    version = (ROOT / "requirements" / "torch.txt").read_text().strip().removeprefix("torch==")
+    (folder / name / "torch").mkdir(parents=True)
+    info = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / name / "torch" / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        requires = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n{requires}"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    page = "".join(f"<a href='{path.name}'>x</a>" for path in (folder / name / "torch").iterdir())
+    (folder / name / "torch" / "index.html").write_text(page)
+    return f"file://{folder / name}"
+
+
+CUDA = 'nvidia-nccl-cu13==2.29.7; platform_system == "Linux" and platform_machine == "x86_64"'
+UNREACHABLE = "http://127.0.0.1:9/whl/cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "index_has", "pytorch_has", "chosen"),
+    [
+        ("cpu", "x86_64", (), None, ""),
+        ("cpu", "x86_64", (CUDA,), (), "--index-url PYTORCH"),
+        ("cpu", "x86_64", (CUDA,), None, ""),
+        ("cpu", "aarch64", (CUDA,), None, ""),
+        ("cuda", "x86_64", (CUDA,), (), ""),
+        ("npu", "x86_64", (CUDA,), (), "--index-url PYTORCH"),
+        ("npu", "aarch64", (), None, ""),
+    ],
+)
+def test_where_torch_comes_from(tmp_path: Path, device, machine, index_has, pytorch_has, chosen) -> None:
+    """A CPU build where there is one, else the CUDA build: real pip, on indexes in folders."""
+    pytorch = UNREACHABLE if pytorch_has is None else package_index(tmp_path, "pytorch", *pytorch_has)
+    done = choose_torch(tmp_path, device, machine, package_index(tmp_path, "index", *index_has), pytorch)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"from {chosen.replace('PYTORCH', pytorch)}"
+    cuda_taken = device == "cpu" and machine == "x86_64" and index_has and pytorch_has is None
+    assert ("taking the CUDA build" in done.stdout) == bool(cuda_taken)
+
+
+def choose_torch(folder: Path, device: str, machine: str, index: str, pytorch: str, **environment: str):
+    script = (
+        f"source scripts/common.sh; PYTORCH_CPU_WHEELS='{pytorch}'; "
+        f"choose_torch {device} '{folder}/venv/bin/python' {machine}; echo \"from ${{torch_from[*]}}\""
+    )
+    subprocess.run([ROOT / ".venv/bin/python", "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    # pip, but no torch: as in a .venv that install.sh has just made.
+    pip = subprocess.run(
+        [ROOT / ".venv/bin/python", "-c", "import pip; print(pip.__path__[0])"],
+        text=True,
+        capture_output=True,
+    ).stdout.strip()
+    packages = next((folder / "venv").glob("lib/python*/site-packages"))
+    (packages / "pip").symlink_to(pip)
+    own = {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": index,
+        "PIP_FIND_LINKS": "",
+        "TORCH_INDEX_URL": "",
+    }
+    return bash(ROOT, "-euo", "pipefail", "-c", script, **{**own, **environment})
+
+
+def test_an_npu_never_gets_the_cuda_build(tmp_path: Path) -> None:
+    done = choose_torch(tmp_path, "npu", "x86_64", package_index(tmp_path, "index", CUDA), UNREACHABLE)
+    assert done.returncode == 2
+    assert "which torch_npu refuses" in done.stderr
+    assert "set TORCH_INDEX_URL" in done.stderr
+
+
+def test_torch_index_url_wins(tmp_path: Path) -> None:
+    done = choose_torch(
+        tmp_path,
+        "cpu",
+        "x86_64",
+        package_index(tmp_path, "index"),
+        UNREACHABLE,
+        TORCH_INDEX_URL="http://mine",
+    )
+    assert done.stdout.splitlines()[-1] == "from --index-url http://mine"
+
+
+def test_deepspeed_is_built_without_looking_at_the_device() -> None:
+    """With a GPU and no CUDA toolkit its setup.py would end with MissingCUDAException."""
+    for name in ("install.sh", "make_wheelhouse.sh"):
+        text = (ROOT / "scripts" / name).read_text()
+        assert text.count("DS_BUILD_OPS=0") == text.count("DS_BUILD_OPS=0 DS_ACCELERATOR=cpu") == 1
 
 
 @pytest.mark.slow
