@@ -70,19 +70,19 @@ def main() -> int:
 
     here = Path.cwd()
     model_dir = find_model_dir(arguments.model_dir, here if (here / "checkpoints_out").is_dir() else ROOT)
-    from aquila.generation import batch, screen, terminal
+    from aquila.generation import batch, terminal, tty
     from aquila.generation.chat import Session
     from aquila.generation.load import load
     from aquila.generation.sampling import Sampling
 
     if arguments.serve:
-        from aquila.generation import server
+        from aquila.generation.http import server
 
         limits = server.Limits(
             arguments.host, arguments.port, arguments.max_concurrent, arguments.max_waiting
         )
         listener = server.listen(limits)  # before the weights: a taken port is known at once
-    screen.use_utf8()
+    tty.use_utf8()
     sampling = Sampling(
         arguments.max_new_tokens,
         arguments.temperature,
