@@ -1,18 +1,18 @@
 """The documented limits of torch_npu's operators are checked, one by one, before they are called."""
 
-import npu_kernels
 import pytest
 import torch
 
 from aquila.backend import detect, npu, reference
 from aquila.core.errors import UserError
+from tests.npu_simulator import kernels
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(diagonal=1)
 
 
 @pytest.fixture(autouse=True)
 def _operators():
-    npu_kernels.define()
+    kernels.define()
 
 
 def qkv(seq=8, heads=4, kv_heads=2):

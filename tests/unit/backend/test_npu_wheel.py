@@ -1,15 +1,18 @@
 """The whole model's training step through the real torch_npu, in shapes alone, on a stub of CANN."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import npu_kernels
-import npu_stub
 import pytest
+import torch
 
-HERE = Path(__file__).parent
+from tests.npu_simulator import cann, kernels
+
+ROOT = Path(__file__).resolve().parents[3]
+TRACE = Path(cann.__file__).with_name("trace.py")
 BASE = {"npu_rms_norm", "npu_rms_norm_backward", "npu_swiglu", "npu_swiglu_backward"}
 BASE |= {"npu_rotary_mul", "npu_rotary_mul_backward", "npu_cross_entropy_loss"}
 FUSED = {"npu_fusion_attention", "npu_fusion_attention_grad"}
@@ -18,12 +21,10 @@ TRIANGLE = {"npu_scaled_masked_softmax", "npu_scaled_masked_softmax_backward"}
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    wheel = npu_stub.find_wheel()
-    if wheel is None:
-        pytest.skip("torch_npu is not installed beside the environment (scripts/install.sh --dev does it)")
-    if lack := npu_stub.missing_tool():
-        pytest.skip(f"the stub of CANN cannot be built: {lack}")
-    return npu_stub.build(wheel, tmp_path_factory.mktemp("stub"))
+    if lack := cann.missing():
+        pytest.skip(lack)
+    made = cann.build(tmp_path_factory.mktemp("npu"), compute=False)
+    return {**os.environ, **made, "PYTHONPATH": f"{ROOT}:{made['PYTHONPATH']}"}
 
 
 def run(environment, *arguments):
@@ -34,20 +35,18 @@ def run(environment, *arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "operators"),
-    [
-        (("fused", "none", "float32"), BASE | FUSED),
-        (("fused", "full", "bfloat16"), BASE | FUSED),
-        (("fused", "selective", "float16", "packed"), BASE | FUSED),
-        (("triangle", "full", "bfloat16"), BASE | TRIANGLE),
-        (("triangle", "selective", "bfloat16", "packed"), BASE | TRIANGLE),
-    ],
-)
-def test_a_training_step_traces_through_the_vendors_code(environment, arguments, operators):
-    report = run(environment, str(HERE / "npu_trace.py"), *arguments)
-    assert report["wrong"] == []
-    assert set(report["operators"]) >= operators
+def test_a_training_step_traces_through_the_vendors_code(environment):
+    cases = {
+        "fused none float32": BASE | FUSED,
+        "fused full bfloat16": BASE | FUSED,
+        "fused selective float16 packed": BASE | FUSED,
+        "triangle full bfloat16": BASE | TRIANGLE,
+        "triangle selective bfloat16 packed": BASE | TRIANGLE,
+    }
+    reports = run(environment, str(TRACE), *cases)
+    for case, operators in cases.items():
+        assert reports[case]["wrong"] == []
+        assert set(reports[case]["operators"]) >= operators, case
 
 
 def test_the_stand_in_kernels_have_the_real_schemas(environment):
@@ -55,9 +54,8 @@ def test_the_stand_in_kernels_have_the_real_schemas(environment):
         "import json, sys, torch, torch_npu\n"
         "print(json.dumps({n: str(getattr(torch.ops.npu, n).default._schema) for n in sys.argv[1:]}))"
     )
-    real = run(environment, "-c", code, *npu_kernels.SCHEMAS)
-    npu_kernels.define()
-    import torch
+    real = run(environment, "-c", code, *kernels.SCHEMAS)
+    kernels.define()
 
-    ours = {name: str(getattr(torch.ops.npu, name).default._schema) for name in npu_kernels.SCHEMAS}
+    ours = {name: str(getattr(torch.ops.npu, name).default._schema) for name in kernels.SCHEMAS}
     assert real == ours

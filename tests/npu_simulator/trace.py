@@ -1,7 +1,8 @@
 """A training step of the whole model on `npu:0` in shapes alone, through torch_npu's own operators.
 
-Run by `test_npu_wheel.py` in a process of its own: `python npu_trace.py ATTENTION RECOMPUTE DTYPE [packed]`.
-Prints one JSON line: the torch_npu operators that ran, and what is wrong with the gradients, if anything.
+Run by `test_npu_wheel.py` alone: `python trace.py "ATTENTION RECOMPUTE DTYPE [packed]" ...`.
+Prints one JSON line: for each, the torch_npu operators that ran and what is wrong with the gradients, if
+anything.
 """
 
 import json
@@ -33,7 +34,7 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def main(attention: str, recompute: str, dtype: str, packed: bool) -> None:
+def trace(attention: str, recompute: str, dtype: str, packed: bool) -> dict[str, list[str]]:
     config = ModelConfig(
         dim=256,
         n_layers=3,
@@ -66,8 +67,12 @@ def main(attention: str, recompute: str, dtype: str, packed: bool) -> None:
             gradient = parameter.grad
             if gradient is None or gradient.shape != parameter.shape or gradient.device.type != "npu":
                 wrong.append(name)
-    print(json.dumps({"operators": sorted(operators.names), "wrong": wrong}))
+    return {"operators": sorted(operators.names), "wrong": wrong}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], "packed" in sys.argv[4:])
+    reports = {}
+    for case in sys.argv[1:]:
+        attention, recompute, dtype, *packed = case.split()
+        reports[case] = trace(attention, recompute, dtype, bool(packed))
+    print(json.dumps(reports))
