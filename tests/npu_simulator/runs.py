@@ -1,4 +1,4 @@
-"""Trains and generates several times in one process, whose libraries take longer to load than the runs.
+"""Trains and generates, each in a copy of one process: libraries take longer to load than small runs.
 
     python runs.py '[["pretrain", ARGUMENTS...], ["generate", ARGUMENTS...], ...]' PORT...
 
@@ -9,6 +9,8 @@ import json
 import os
 import runpy
 import sys
+
+import deepspeed  # noqa: F401, loaded once for all
 
 from aquila import pretrain
 from aquila.core.errors import EXIT_STOPPED
@@ -27,9 +29,13 @@ def run(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    pretrain.RunLog.draw = lambda log: None  # pictures would take most of the time
     for number, (command, port) in enumerate(zip(json.loads(sys.argv[1]), sys.argv[2:], strict=True)):
         os.environ["MASTER_PORT"] = port
-        status = run(command)
+        child = os.fork()
+        if not child:
+            sys.exit(run(command))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(f"status {number} {status}", flush=True)
         if status not in (0, EXIT_STOPPED):
-            sys.exit(status)
+            sys.exit(1)
