@@ -15,7 +15,7 @@ import traceback
 import deepspeed  # noqa: F401, loaded once for all
 
 from aquila import pretrain
-from aquila.errors import EXIT_STOPPED
+from aquila.core.errors import EXIT_STOPPED
 
 
 def run(command: list[str]) -> int:
