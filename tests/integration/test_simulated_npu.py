@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launch_helpers import ROOT, environment
+from tests.integration.launch_helpers import (
+    ROOT,
+    add_tiny_model_and_data,
+    copy_project,
+    environment,
+    interrupt,
+    processes_of,
+    wait_for,
+)
 from tests.integration.training_runs import exact, make_project, metrics
 from tests.npu_simulator import cann
 
@@ -162,3 +170,36 @@ def test_losses_are_the_cpus(project: Path, simulated: dict[str, str], ranks: in
     on_both(project, simulated, runs, ranks)
     for name in runs:
         assert_same_losses(project, name)
+
+
+def test_the_launcher_trains_on_two_npus_and_restarts_a_killed_rank(tmp_path: Path, simulated) -> None:
+    """Hostfile, preflight, probes, ranks, a save; SIGKILL of one rank; resume; Ctrl-C saves and stops."""
+    project = copy_project(tmp_path)
+    add_tiny_model_and_data(project)
+    (project / "hostfile").write_text("localhost slots=2\n")
+    keys = ["train_iters=100000", "save_interval=2", "max_restarts=1", "keep_checkpoints=1"]
+    output = (tmp_path / "launch.log").open("w+")
+    launch = subprocess.Popen(
+        ["bash", "scripts/local_trigger_docker.sh", "hostfile", "configs/tiny.yaml", "tiny", "exp", "--wait",
+         *keys],
+        cwd=project, stdout=output, stderr=subprocess.STDOUT,
+        env={**environment(project), **simulated, "PYTHONPATH": f"{project}:{simulated['PYTHONPATH']}"},
+    )  # fmt: skip
+
+    def logged(text: str, rank: int = 0) -> int:
+        logs = (project / "checkpoints_out" / "exp").glob(f"*/logs/localhost-rank-000{rank}.log")
+        return sum(log.read_text().count(text) for log in logs)
+
+    try:
+        wait_for(lambda: logged("saved checkpoints_out"), 120)
+        ranks = [p for p in processes_of(project) if p.environ().get("LOCAL_RANK") == "1"]
+        ranks[0].kill()
+        wait_for(lambda: logged("resumes at step"), 120)
+        resumed = logged("step ")
+        wait_for(lambda: logged("step ") > resumed, 60)
+        interrupt(launch)
+        assert launch.wait(60) == 75
+    finally:
+        for process in [launch, *processes_of(project)]:
+            process.kill()
+    assert logged("2 x Ascend910B3") == 2
