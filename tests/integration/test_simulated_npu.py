@@ -203,3 +203,13 @@ def test_the_launcher_trains_on_two_npus_and_restarts_a_killed_rank(tmp_path: Pa
         for process in [launch, *processes_of(project)]:
             process.kill()
     assert logged("2 x Ascend910B3") == 2
+
+
+def test_the_preflights_probe_refuses_a_chip_of_the_first_generation(simulated) -> None:
+    ask = "from aquila.launch.device_probe import mismatches, probe_devices as p; print(*mismatches(p()))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120,
+        env={**environment(ROOT), **simulated, "AQUILA_SIMULATED_CHIP": "Ascend910ProA",
+             "PYTHONPATH": f"{ROOT}:{simulated['PYTHONPATH']}"},
+    )  # fmt: skip
+    assert "Ascend910ProA is of the first Ascend 910 generation" in done.stdout, done.stderr
