@@ -8,11 +8,13 @@ functions hardly check them.
 
 import re
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
@@ -25,6 +27,7 @@ OPTIMIZERS = ("torch",)
 
 # What torch does as well here as anything else.
 adamw = reference.adamw
+attention_kind = common.fused_or_same
 add_weight_gradient = reference.add_weight_gradient
 embedding = reference.embedding
 linear = reference.linear
@@ -56,8 +59,11 @@ _PEAKS = {"910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910_939": 376
 _NO_FP8 = "torchao's float8 layers do not run on an NPU; say fp8: false"
 convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
 
-# Where each row's documents end, on the host: the kernel takes a list, asked of the device once a batch.
+# What every layer of a step needs again, made once a batch. Where each row's documents end, on the host: the
+# kernel takes a list, asked of the device. Masks of the triangle's blocks. Angles, each twice for its pair.
 _ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_MASKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_ANGLES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def __getattr__(name: str):
@@ -97,11 +103,6 @@ def attention(
     )
 
 
-def attention_kind(asked: str, triangle: bool) -> str:
-    """ "auto" is the model's own wish: the triangle where its config.json says so, else the fused kernel."""
-    return asked if asked != "auto" else "triangle" if triangle else "fused"
-
-
 def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
     if documents is not None and start == 0:
         return _fused_packed(q, k, v, document_ends(documents))
@@ -137,6 +138,7 @@ def _fused_packed(q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
     return out.unflatten(0, q.shape[:2])
 
 
+@lru_cache(maxsize=8)
 def _compressed_mask(device: torch.device) -> Tensor:
     return torch.ones(_COMPRESSED_MASK, _COMPRESSED_MASK, dtype=torch.bool, device=device).triu(diagonal=1)
 
@@ -214,35 +216,55 @@ def fusion_attention(
 
 
 def _padded_triangle(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, block: int) -> Tensor:
-    """The triangle over a sequence padded to the softmax kernel's step; no real query sees the padding."""
+    """The triangle over a sequence padded to the softmax kernel's step; no real query sees the padding.
+
+    Heads are repeated and turned to the front once, not in every block. Beyond 4096 keys: plain torch.
+    """
     if block % _SOFTMAX_STEP:
         raise ValueError(f"triangle block {block} must be a multiple of {_SOFTMAX_STEP} on this device")
     length = q.shape[1]
     extra = -length % _SOFTMAX_STEP
-    if extra:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q, k, v))
-        if documents is not None:
-            documents = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1)
-    out = reference.triangle_attention(q, k, v, documents=documents, block=block, attend=_softmax_attention)
-    return out[:, :length]
-
-
-def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, start: int = 0
-) -> Tensor:
-    """One block of queries: scores, `npu_scaled_masked_softmax`, values. Beyond 4096 keys, plain torch."""
-    if k.shape[1] > _SOFTMAX_MAX:
-        return common.narrow_attention(q, k, v, documents=documents, start=start)
-    hidden = ~reference.visible(q.shape[1], start, documents, q.device)[:, None]
+    if length + extra > _SOFTMAX_MAX:
+        attend = common.narrow_attention
+        return reference.triangle_attention(q, k, v, documents=documents, block=block, attend=attend)
+    hidden = _hidden(documents, block) if documents is not None else _future(length + extra, block, q.device)
     scale = q.shape[-1] ** -0.5
     if q.dtype == torch.float16:  # before the product, which would leave fp16's range
         q, scale = q * scale, 1.0
-    q_BHSD, k_BHTD, v_BHTD = (reference.repeat_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
-    scores = q_BHSD @ k_BHTD.transpose(-1, -2)
-    if q.dtype == torch.float16:
-        scores = scores.clamp(-_FP16_SCORE, _FP16_SCORE)
-    probabilities = scaled_masked_softmax(scores, hidden, scale)
-    return (probabilities.to(v.dtype) @ v_BHTD).transpose(1, 2)
+    if extra:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q, k, v))
+    q_BHSD, k_BHTD, v_BHTD = (
+        reference.repeat_heads(x, q.shape[2]).transpose(1, 2).contiguous() for x in (q, k, v)
+    )
+    parts = []
+    for first, mask in zip(range(0, length, block), hidden, strict=True):
+        end = first + mask.shape[2]
+        scores = q_BHSD[:, :, first:end] @ k_BHTD[:, :, :end].transpose(-1, -2)
+        if q.dtype == torch.float16:
+            scores = scores.clamp(-_FP16_SCORE, _FP16_SCORE)
+        parts.append(scaled_masked_softmax(scores, mask, scale).to(v.dtype) @ v_BHTD[:, :, :end])
+    return torch.cat(parts, dim=2).transpose(1, 2)[:, :length]
+
+
+@lru_cache(maxsize=8)
+def _future(length: int, block: int, device: torch.device) -> list[Tensor]:
+    """What each block of queries must not see: bool (1, 1, S, T), True for the keys after a query."""
+    starts = range(0, length, block)
+    return [~reference.visible(min(block, length - first), first, None, device)[:, None] for first in starts]
+
+
+def _hidden(documents: Tensor, block: int) -> list[Tensor]:
+    """As `_future`, and other documents: bool (B, 1, S, T), of the padded sequence."""
+    made = _MASKS.setdefault(documents, {})
+    if block not in made:
+        extra = -documents.shape[1] % _SOFTMAX_STEP
+        padded = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1) if extra else documents
+        length, made[block] = padded.shape[1], []
+        for first in range(0, length, block):
+            rows = min(block, length - first)
+            seen = reference.visible(rows, first, padded[:, : first + rows], documents.device)
+            made[block].append(~seen[:, None])
+    return made[block]
 
 
 def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -266,20 +288,46 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `reference.rotary`, interleaved, in fp32; each angle stands twice for its pair."""
+    """As `reference.rotary`, interleaved, in fp32."""
     if x.shape[-1] % 2 or x.shape[-1] >= _ROTARY_HEAD_LIMIT:
         raise ValueError(
             f"npu_rotary_mul: head size {x.shape[-1]} must be even and under {_ROTARY_HEAD_LIMIT}"
         )
-    angles = [table.repeat_interleave(2, dim=-1)[:, :, None] for table in (cos, sin)]
-    inner = reference.wide(x)
+    return _Rotary.apply(x, *_pairs(cos, sin))
+
+
+class _Rotary(torch.autograd.Function):
+    """Its gradient turns back by the same angle: nothing of the size of x is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, back)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        return _turn(slope, *ctx.saved_tensors), None, None, None
+
+
+def _pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """cos, sin and -sin of each angle twice, for its pair: (1 or B, S, 1, D). Made once for all layers."""
+    made = _ANGLES.get(cos)
+    if made is None:
+        twice, turned = (table.repeat_interleave(2, dim=-1)[:, :, None] for table in (cos, sin))
+        made = _ANGLES[cos] = (twice, turned, -turned)
+    return made
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, S, H, D) turned by angles (1 or B, S, 1, D)."""
     rows, _, heads, _ = x.shape
+    inner, angles = reference.wide(x), [cos, sin]
     if cos.shape[0] > 1 or rows * heads >= _ROTARY_ROWS_LIMIT:
         # The kernel spreads angles over heads and a few rows, and takes no batch of angles: one long row.
         angles = [table.expand(rows, -1, -1, -1).flatten(0, 1)[None] for table in angles]
         inner = inner.flatten(0, 1)[None]
-    turned = torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave")
-    return turned.view(x.shape).to(x.dtype)
+    return torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave").view(x.shape).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -296,7 +344,7 @@ def cross_entropy_(
     """
     x, index = reference.wide(logits), labels[:, None]
     losses, log_probabilities, _, _ = torch.ops.npu.npu_cross_entropy_loss(x, labels, reduction="none")
-    lse = (x - log_probabilities).gather(1, index)
+    lse = x.gather(1, index) - log_probabilities.gather(1, index)
     if gradient:
         slope = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))
         logits.copy_(slope.scatter_add(1, index, -scale[:, None].to(slope.dtype)))

@@ -141,7 +141,7 @@ def on_host(operator: Any) -> Callable:
             return made
 
         result = tree_map(up, result)
-        record(name, inputs)
+        record(f"{name} to the host" if target.type != "npu" else name, inputs)
         return result
 
     return kernel
