@@ -5,6 +5,7 @@ After each, no process is left on any host.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,7 +261,8 @@ def test_a_second_launch_while_the_first_is_running(cluster: Cluster) -> None:
         env=cluster.environment, text=True, capture_output=True, timeout=60,
     )  # fmt: skip
     assert stop.returncode == 0, stop.stderr
-    assert "10.77.0.3: exp has stopped" in stop.stdout
+    # Node 1 ends the run on all nodes: a slow node may find nothing left to stop.
+    assert re.search(r"10\.77\.0\.3: exp (has stopped|is not running)", stop.stdout)
     cluster.assert_clear(within=5)
     assert (cluster.run_dir() / "checkpoints" / "latest").exists()
 
