@@ -1,7 +1,6 @@
 """What several devices share: torch's fused attention, attention products in the input's dtype, AdamW."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib import import_module
 
 import torch
@@ -56,8 +55,17 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-# Products in the input's dtype, as matrix units want them; the softmax between them in fp32.
-narrow_attention = partial(reference.plain_attention, inner=_same)
+def narrow_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, start: int = 0
+) -> Tensor:
+    """Products in the input's dtype, as matrix units want them; the softmax between them in fp32.
+
+    In fp16 q is scaled before the product, which would leave its range.
+    """
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == torch.float16:
+        q, scale = q * scale, 1.0
+    return reference.plain_attention(q, k, v, documents=documents, start=start, inner=_same, scale=scale)
 
 
 def fused_or_same(asked: str, triangle: bool) -> str:

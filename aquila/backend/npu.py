@@ -37,13 +37,21 @@ _COMPRESSED_MASK = 2048  # the causal sparse modes take a mask of this size, wha
 _RIGHT_DOWN_CAUSAL = 3
 _SOFTMAX_MIN, _SOFTMAX_MAX, _SOFTMAX_STEP = 32, 4096, 32
 _ROTARY_HEAD_LIMIT = 896
-# Names of the first generation, as torch_npu lists them: it lacks bf16, npu_fusion_attention, npu_swiglu,
-# npu_cross_entropy_loss and the interleaved rotary. A bare "Ascend910B" is one of them; 910B1 to B4 are not.
+_ROTARY_ROWS_LIMIT = 1000  # batch times heads, interleaved
+_PACKED_DOCUMENTS, _PACKED_TOKENS = 1024, 1 << 20
+_HEADS_LIMIT, _HEAD_SIZE_LIMIT = 256, 768
+_FP16_SCORE = 1024.0  # the original's bound of a score in fp16
+# Names of the first generation, as torch_npu lists them. By the vendor's product tables it lacks bf16,
+# npu_fusion_attention, npu_swiglu, npu_cross_entropy_loss and the interleaved rotary. A bare "Ascend910B" is
+# one of them; 910B1 to B4 are not.
 _FIRST_GENERATION = re.compile(r"Ascend910(PremiumA|ProA|ProB|A|B)?")
-# Both combine parameters and gradients into flat buffers once; DeepSpeed gives each step new gradients.
+# NpuFusedAdamW combines parameters and gradients into flat buffers once (its source; seen on a simulated
+# NPU); DeepSpeed gives each step new gradients. Ascend's apex has the same design as described; not run.
 _FLAT_BUFFERS = ("npu", "apex")
-# Dense bf16 and fp16 peak in TFLOP/s, by the vendor's published figures.
-_PEAKS = {"910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280}
+# Dense bf16 and fp16 peak of a device in TFLOP/s, from public tables, none of them a data sheet: 910B1 to B4
+# as FlagPerf and the vendor's model repositories give them; 910_939x (A3) as half of a package of two dies,
+# 752 (arXiv 2506.12708). Smaller A3 bins: unknown, so that no MFU is shown.
+_PEAKS = {"910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910_939": 376}
 
 _NO_FP8 = "torchao's float8 layers do not run on an NPU; say fp8: false"
 convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
@@ -106,16 +114,26 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: 
 
 
 def _fused_packed(q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
-    """Documents of all rows as one packed sequence (T, heads, D), each attending to itself alone."""
-    out = fusion_attention(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        layout="TND",
-        atten_mask=_compressed_mask(q.device),
-        sparse_mode=_RIGHT_DOWN_CAUSAL,
-        ends=ends,
-    )
+    """Documents of all rows as one packed sequence (T, heads, D), each attending to itself alone.
+
+    The kernel takes a limited number of documents; more than that go in several calls.
+    """
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    mask, parts, begin = _compressed_mask(q.device), [], 0
+    for first in range(0, len(ends), _PACKED_DOCUMENTS):
+        group = ends[first : first + _PACKED_DOCUMENTS]
+        rows = slice(begin, group[-1])
+        parts.append(
+            fusion_attention(
+                *(x[rows] for x in packed),
+                layout="TND",
+                atten_mask=mask,
+                sparse_mode=_RIGHT_DOWN_CAUSAL,
+                ends=[end - begin for end in group],
+            )
+        )
+        begin = group[-1]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.unflatten(0, q.shape[:2])
 
 
@@ -158,6 +176,11 @@ def fusion_attention(
         raise ValueError(
             f"npu_fusion_attention: {q_heads} query heads are no multiple of {kv_heads} key heads"
         )
+    if q_heads > _HEADS_LIMIT or q.shape[-1] > _HEAD_SIZE_LIMIT:
+        raise ValueError(
+            f"npu_fusion_attention: {q_heads} heads of size {q.shape[-1]}; at most {_HEADS_LIMIT} of "
+            f"{_HEAD_SIZE_LIMIT}"
+        )
     if atten_mask is None and sparse_mode:
         raise ValueError("npu_fusion_attention: without atten_mask sparse_mode is ignored: not causal at all")
     if atten_mask is not None and atten_mask.dtype not in (torch.bool, torch.uint8):
@@ -170,6 +193,11 @@ def fusion_attention(
         ends[-1] != q.shape[0] or any(b <= a for a, b in zip([0, *ends], ends, strict=False))
     ):
         raise ValueError(f"npu_fusion_attention: lengths must rise to {q.shape[0]}, got {ends[:8]} ...")
+    if ends is not None and (len(ends) > _PACKED_DOCUMENTS or ends[-1] > _PACKED_TOKENS):
+        raise ValueError(
+            f"npu_fusion_attention: {len(ends)} documents of {ends[-1]} tokens in one call; at most "
+            f"{_PACKED_DOCUMENTS} of {_PACKED_TOKENS}"
+        )
     lengths = {} if ends is None else {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
     return torch.ops.npu.npu_fusion_attention(
         q,
@@ -206,9 +234,14 @@ def _softmax_attention(
     if k.shape[1] > _SOFTMAX_MAX:
         return common.narrow_attention(q, k, v, documents=documents, start=start)
     hidden = ~reference.visible(q.shape[1], start, documents, q.device)[:, None]
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == torch.float16:  # before the product, which would leave fp16's range
+        q, scale = q * scale, 1.0
     q_BHSD, k_BHTD, v_BHTD = (reference.repeat_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
     scores = q_BHSD @ k_BHTD.transpose(-1, -2)
-    probabilities = scaled_masked_softmax(scores, hidden, q.shape[-1] ** -0.5)
+    if q.dtype == torch.float16:
+        scores = scores.clamp(-_FP16_SCORE, _FP16_SCORE)
+    probabilities = scaled_masked_softmax(scores, hidden, scale)
     return (probabilities.to(v.dtype) @ v_BHTD).transpose(1, 2)
 
 
@@ -240,8 +273,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     angles = [table.repeat_interleave(2, dim=-1)[:, :, None] for table in (cos, sin)]
     inner = reference.wide(x)
-    if cos.shape[0] > 1:  # the kernel spreads angles over heads and batch, not a batch of angles
-        inner, angles = inner.flatten(0, 1)[None], [table.flatten(0, 1)[None] for table in angles]
+    rows, _, heads, _ = x.shape
+    if cos.shape[0] > 1 or rows * heads >= _ROTARY_ROWS_LIMIT:
+        # The kernel spreads angles over heads and a few rows, and takes no batch of angles: one long row.
+        angles = [table.expand(rows, -1, -1, -1).flatten(0, 1)[None] for table in angles]
+        inner = inner.flatten(0, 1)[None]
     turned = torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave")
     return turned.view(x.shape).to(x.dtype)
 
@@ -282,8 +318,8 @@ def optimizer(
     kind = optimizer_kind(kind)
     if kind in _FLAT_BUFFERS:
         raise UserError(
-            f"optimizer: '{kind}' keeps the first step's gradients in flat buffers of its own and, under "
-            "DeepSpeed, fails or applies them in every step; there are: auto, torch"
+            f"optimizer: '{kind}' keeps the first step's gradients in flat buffers of its own, while "
+            "DeepSpeed gives each step new ones: it would fail, or apply old ones; there are: auto, torch"
         )
     if kind == "torch":
         return common.torch_adamw(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

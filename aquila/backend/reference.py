@@ -51,14 +51,16 @@ def plain_attention(
     documents: Tensor | None = None,
     start: int = 0,
     inner: Callable = wide,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the visible keys; (B, S, H, D) in and out.
+    """softmax(scale q k^T) v over the visible keys, scale 1 / sqrt(D); (B, S, H, D) in and out.
 
     `inner` makes the operands of both products; the softmax is in fp32 (fp64 for fp64) in any case.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     seen = visible(q.shape[1], start, documents, q.device)[:, None]
     q_BHSD, k_BHTD, v_BHTD = (inner(repeat_heads(x, q.shape[2])).transpose(1, 2) for x in (q, k, v))
-    scores = wide(q_BHSD @ k_BHTD.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = wide(q_BHSD @ k_BHTD.transpose(-1, -2)) * scale
     probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return (probabilities.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2).to(q.dtype)
 

@@ -18,9 +18,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from aquila.backend import detect, get_backend
+from aquila.core.errors import UserError
 
 kind = detect()
 backend = get_backend(kind)
+unsupported = ""
+try:
+    backend.set_device(0)
+except UserError as error:
+    unsupported = str(error)
 versions = {"Python": platform.python_version()}
 for package in ("torch", "torch_npu", "deepspeed", "megatron-core", "numpy"):
     try:
@@ -53,6 +59,7 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "memory_free": free,
     "versions": versions,
     "toolkit": bool(toolkit),
+    "unsupported": unsupported,
     "unseen": [str(path) for path in sorted(Path("/dev").glob("nvidia[0-9]*"))[:1]] if kind == "cpu" else [],
 }))
 """
@@ -83,7 +90,8 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     Keys: device (its type), count, name, precisions, fp8 (how float8 layers run, or why they cannot),
     triangle (whether "auto" attention is the triangle here for a model that wants it), memory and
     memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine), versions, toolkit
-    (whether CANN is set up in the environment), unseen (device files of accelerators torch does not see).
+    (whether CANN is set up in the environment), unsupported (why this chip cannot train, or nothing), unseen
+    (device files of accelerators torch does not see).
 
     Raises `UserError` with Python's own error when torch or the device's library cannot be loaded.
     """
@@ -93,6 +101,8 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
 def mismatches(facts: dict[str, Any]) -> list[str]:
     """What does not go together in `probe_devices`'s answer, each with its remedy."""
     versions, problems = facts.get("versions", {}), []
+    if facts.get("unsupported"):
+        problems.append(facts["unsupported"])
     torch, vendor = versions.get("torch", ""), versions.get("torch_npu")
     if vendor and _release(vendor) != _release(torch):
         problems.append(

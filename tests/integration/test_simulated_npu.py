@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launch_helpers import environment
-from tests.integration.training_runs import make_project, metrics
+from tests.integration.launch_helpers import (
+    ROOT,
+    add_tiny_model_and_data,
+    copy_project,
+    environment,
+    interrupt,
+    processes_of,
+    wait_for,
+)
+from tests.integration.training_runs import exact, make_project, metrics
 from tests.npu_simulator import cann
 
 RUNS = Path(cann.__file__).with_name("runs.py")
@@ -104,13 +112,25 @@ def pretrain(experiment: str, options: Sequence[str]) -> list[str]:
     return ["pretrain", "run.yaml", "small", experiment, *SHORT, *options]
 
 
-def on_both(project: Path, simulated: dict[str, str], runs: dict[str, tuple[str, ...]], ranks: int) -> None:
-    """The runs on CPU ranks (cpu-..., fp16 as fp32) and on simulated NPUs (npu-...), side by side."""
-    on_npu = start(project, [pretrain(f"npu-{name}", run) for name, run in runs.items()], ranks, simulated)
-    wide = {name: [FP32 if "fp16" in option else option for option in run] for name, run in runs.items()}
-    on_cpu = start(project, [pretrain(f"cpu-{name}", run) for name, run in wide.items()], ranks, {})
-    finish(on_cpu)
-    assert "Ascend910B3" in finish(on_npu)
+def on_both(
+    project: Path, simulated: dict[str, str], runs: dict[str, Sequence[str]], ranks: int, *more: list[str]
+) -> tuple[str, str]:
+    """The runs on CPU ranks (cpu-..., fp16 as fp32) and on simulated NPUs (npu-...), side by side.
+
+    `more` commands follow, with {device} for npu or cpu. Returns what each side's first rank printed.
+    """
+    sides = {}
+    for device, variables in (("npu", simulated), ("cpu", {})):
+        commands = []
+        for name, options in runs.items():
+            kept = [FP32 if device == "cpu" and "fp16" in option else option for option in options]
+            commands.append(pretrain(f"{device}-{name}", kept))
+        commands += [[word.replace("{device}", device) for word in command] for command in more]
+        sides[device] = start(project, commands, ranks, variables)
+    cpu = finish(sides["cpu"])
+    npu = finish(sides["npu"])
+    assert "Ascend910B3" in npu
+    return npu, cpu
 
 
 def assert_same_losses(project: Path, name: str) -> None:
@@ -124,10 +144,23 @@ def assert_same_losses(project: Path, name: str) -> None:
         assert ours
 
 
+def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: dict[str, str]) -> None:
+    stopped = pretrain("{device}-stopped", (*ONE_RANK["one-zero2"], "exit_interval=2"))
+    run = "checkpoints_out/{device}-one-zero2/0"
+    generate = [str(ROOT / "generate.py"), "--model-dir", run, "--prompt", "On Friday", "--json"]
+    generate += ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "fp32"]
+    npu, cpu = on_both(project, simulated, ONE_RANK, 1, stopped, stopped, generate)
+    for name in ONE_RANK:
+        assert_same_losses(project, name)
+    assert "resumes at step 2" in npu
+    assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
+    answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        pytest.param(1, ONE_RANK, id="one rank"),
         pytest.param(2, TWO_RANKS, id="two ranks"),
         pytest.param(1, MORE_ON_ONE_RANK, id="more on one rank", marks=pytest.mark.slow),
         pytest.param(2, MORE_ON_TWO_RANKS, id="more on two ranks", marks=pytest.mark.slow),
@@ -137,3 +170,46 @@ def test_losses_are_the_cpus(project: Path, simulated: dict[str, str], ranks: in
     on_both(project, simulated, runs, ranks)
     for name in runs:
         assert_same_losses(project, name)
+
+
+def test_the_launcher_trains_on_two_npus_and_restarts_a_killed_rank(tmp_path: Path, simulated) -> None:
+    """Hostfile, preflight, probes, ranks, a save; SIGKILL of one rank; resume; Ctrl-C saves and stops."""
+    project = copy_project(tmp_path)
+    add_tiny_model_and_data(project)
+    (project / "hostfile").write_text("localhost slots=2\n")
+    keys = ["train_iters=100000", "save_interval=2", "max_restarts=1", "keep_checkpoints=1"]
+    output = (tmp_path / "launch.log").open("w+")
+    launch = subprocess.Popen(
+        ["bash", "scripts/local_trigger_docker.sh", "hostfile", "configs/tiny.yaml", "tiny", "exp", "--wait",
+         *keys],
+        cwd=project, stdout=output, stderr=subprocess.STDOUT,
+        env={**environment(project), **simulated, "PYTHONPATH": f"{project}:{simulated['PYTHONPATH']}"},
+    )  # fmt: skip
+
+    def logged(text: str, rank: int = 0) -> int:
+        logs = (project / "checkpoints_out" / "exp").glob(f"*/logs/localhost-rank-000{rank}.log")
+        return sum(log.read_text().count(text) for log in logs)
+
+    try:
+        wait_for(lambda: logged("saved checkpoints_out"), 120)
+        ranks = [p for p in processes_of(project) if p.environ().get("LOCAL_RANK") == "1"]
+        ranks[0].kill()
+        wait_for(lambda: logged("resumes at step"), 120)
+        resumed = logged("step ")
+        wait_for(lambda: logged("step ") > resumed, 60)
+        interrupt(launch)
+        assert launch.wait(60) == 75
+    finally:
+        for process in [launch, *processes_of(project)]:
+            process.kill()
+    assert logged("2 x Ascend910B3") == 2
+
+
+def test_the_preflights_probe_refuses_a_chip_of_the_first_generation(simulated) -> None:
+    ask = "from aquila.launch.device_probe import mismatches, probe_devices as p; print(*mismatches(p()))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120,
+        env={**environment(ROOT), **simulated, "AQUILA_SIMULATED_CHIP": "Ascend910ProA",
+             "PYTHONPATH": f"{ROOT}:{simulated['PYTHONPATH']}"},
+    )  # fmt: skip
+    assert "Ascend910ProA is of the first Ascend 910 generation" in done.stdout, done.stderr

@@ -37,6 +37,8 @@ _LOOKED_UP = (
     "aclrtSetOpWaitTimeout",
     "aclrtSetStreamAttribute",
     "aclrtSetStreamFailureMode",
+    "aclrtSetStreamOverflowSwitch",
+    "aclrtGetStreamOverflowSwitch",
     "aclrtSynchronizeDevice",
     "aclrtSynchronizeDeviceWithTimeout",
     "aclrtSynchronizeStreamWithTimeout",

@@ -61,6 +61,41 @@ def test_limits_of_the_rotary_kernel():
         npu.rotary(torch.zeros(1, 1, 1, 896), table, table)
 
 
+def test_more_rows_than_the_rotary_kernel_takes_are_turned_all_the_same():
+    x = torch.randn(40, 3, 32, 8)
+    cos, sin = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    torch.testing.assert_close(npu.rotary(x, cos, sin), reference.rotary(x, cos, sin))
+
+
+def test_more_documents_than_the_fused_kernel_takes_go_in_several_calls():
+    q, k, v = (torch.randn(1, 1500, 1, 4) for _ in range(3))
+    documents = torch.arange(1500)[None]
+    with pytest.raises(ValueError, match="1500 documents of 1500 tokens in one call; at most 1024"):
+        npu.fusion_attention(
+            *(x[0] for x in (q, k, v)),
+            layout="TND",
+            atten_mask=MASK,
+            sparse_mode=3,
+            ends=list(range(1, 1501)),
+        )
+    assert torch.equal(npu.attention(q, k, v, kind="fused", documents=documents), v)
+
+
+def test_heads_that_the_fused_kernel_does_not_take():
+    with pytest.raises(ValueError, match="300 heads of size 16; at most 256 of 768"):
+        npu.fusion_attention(*qkv(heads=300, kv_heads=300), layout="BSND", atten_mask=MASK, sparse_mode=3)
+
+
+@pytest.mark.parametrize("limit", [4096, 32])
+def test_large_scores_do_not_leave_fp16(monkeypatch, limit):
+    """Through the softmax kernel, and beyond its sizes: scores of 6000, 68000 before they are scaled."""
+    monkeypatch.setattr(npu, "_SOFTMAX_MAX", limit)
+    q = torch.full((1, 64, 1, 128), 23.0, dtype=torch.float16)
+    k, v = q + torch.rand_like(q), torch.randn(1, 64, 1, 128, dtype=torch.float16)
+    assert (q.float() * k.float()).sum(-1).min() > 60000
+    assert npu.attention(q, k, v, kind="triangle", block=32).isfinite().all()
+
+
 def test_the_triangle_block_must_suit_the_softmax_kernel():
     with pytest.raises(ValueError, match="multiple of 32"):
         npu.attention(*qkv(), kind="triangle", block=100)
@@ -129,11 +164,11 @@ def test_chips_of_the_first_generation_are_refused_by_name(monkeypatch, chip):
     assert npu.peak_flops(torch.bfloat16) is None
 
 
-@pytest.mark.parametrize("chip", ["910B1", "910B2", "910B2C", "910B3", "910B4", "910B4-1"])
+@pytest.mark.parametrize("chip", ["910B1", "910B2", "910B2C", "910B3", "910B4", "910B4-1", "910_9391"])
 def test_later_chips_keep_bf16_and_their_peak(monkeypatch, chip):
     monkeypatch.setattr(npu, "device_name", lambda: f"Ascend{chip}")
     assert npu.supported_precisions()[0] == "bf16"
-    assert npu.peak_flops(torch.bfloat16) == npu._PEAKS[chip[:5]] * 1e12
+    assert npu.peak_flops(torch.bfloat16) == next(v for k, v in npu._PEAKS.items() if k in chip) * 1e12
 
 
 def test_an_npu_that_answers_in_cudas_name_is_an_npu(monkeypatch):

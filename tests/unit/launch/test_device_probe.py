@@ -27,3 +27,7 @@ def test_a_gpu_that_torch_does_not_see() -> None:
     (problem,) = mismatches(facts({"torch": "2.13.0", "CUDA": "13.0"}, unseen=["/dev/nvidia0"]))
     assert "driver" in problem
     assert "CUDA 13.0" in problem
+
+
+def test_a_chip_that_cannot_train() -> None:
+    assert mismatches(facts({"torch": "2.13.0"}, unsupported="Ascend910A is old")) == ["Ascend910A is old"]
