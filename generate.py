@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from aquila.errors import UserError, run_command
+from aquila.core.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent
 
@@ -66,23 +66,23 @@ def main() -> int:
     # Weights in huge pages: a step reads them as one stream. torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
-    from aquila.generation.find import find_model_dir
+    from aquila.generation.locate import find_model_dir
 
     here = Path.cwd()
     model_dir = find_model_dir(arguments.model_dir, here if (here / "checkpoints_out").is_dir() else ROOT)
-    from aquila.generation import batch, screen, terminal
+    from aquila.generation import batch, terminal, tty
+    from aquila.generation.chat import Session
     from aquila.generation.load import load
     from aquila.generation.sampling import Sampling
-    from aquila.generation.session import Session
 
     if arguments.serve:
-        from aquila.generation import server
+        from aquila.generation.http import server
 
         limits = server.Limits(
             arguments.host, arguments.port, arguments.max_concurrent, arguments.max_waiting
         )
         listener = server.listen(limits)  # before the weights: a taken port is known at once
-    screen.use_utf8()
+    tty.use_utf8()
     sampling = Sampling(
         arguments.max_new_tokens,
         arguments.temperature,

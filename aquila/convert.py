@@ -18,8 +18,8 @@ from torch import Tensor
 
 from aquila.config import ModelConfig
 from aquila.config.strict import read_json
-from aquila.errors import UserError, run_command
-from aquila.generation.find import find_model_dir
+from aquila.core.errors import UserError, run_command
+from aquila.generation.locate import find_model_dir
 from aquila.model import AquilaModel, hf
 from aquila.model.files import TensorInfo, temporary_name, write_torch
 from aquila.model.hf_tokenizer import copy_released, has_tokenizer, write_hf, write_json

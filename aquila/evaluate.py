@@ -26,10 +26,10 @@ import numpy as np
 
 from aquila.config.run import parse_split
 from aquila.config.strict import read_text
+from aquila.core.errors import UserError, run_command
 from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.meta import check_dataset
-from aquila.errors import UserError, run_command
-from aquila.generation.find import find_model_dir
+from aquila.generation.locate import find_model_dir
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("train", "valid", "test")

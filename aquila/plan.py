@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from aquila.config import ModelConfig, find_model_dir, load_model_config
-from aquila.errors import EXIT_USER_ERROR, UserError, run_command
-from aquila.launch.code import ROOT
-from aquila.launch.memory import (
+from aquila.core.errors import EXIT_USER_ERROR, UserError, run_command
+from aquila.core.paths import ROOT
+from aquila.planning.memory import (
     ACCELERATOR_FIXED,
     GIB,
     Estimate,

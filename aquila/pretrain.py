@@ -19,24 +19,24 @@ import torch
 
 from aquila.backend import detect, fp8, get_backend
 from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
+from aquila.core.checkpoints import write_atomically
+from aquila.core.errors import UserError, run_command
 from aquila.data.batches import Batch, Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
 from aquila.data.order import continue_order, record_order
-from aquila.errors import UserError, run_command
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
-from aquila.training.boards import Board, TensorBoard, WeightsAndBiases
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
-from aquila.training.engine import Engine, on_first_rank, processes
+from aquila.training.deepspeed.config import parameter_groups
+from aquila.training.deepspeed.engine import Engine, on_first_rank, processes
 from aquila.training.export import Exporter
-from aquila.training.files import write_atomically
 from aquila.training.lock import lock_run
+from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
 from aquila.training.metrics import RunLog
 from aquila.training.resume import Resumption, find_resume, same_samples_per_step
 from aquila.training.schedule import Schedule, make_schedule
-from aquila.training.settings import parameter_groups
 from aquila.training.signals import Requests
 from aquila.training.state import TrainState
 from aquila.training.trainer import Trainer

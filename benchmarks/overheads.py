@@ -26,7 +26,7 @@ INSIDE = """
 import json, sys, time
 from aquila import pretrain
 from aquila.data.batches import Batches
-from aquila.training.engine import Engine
+from aquila.training.deepspeed.engine import Engine
 from aquila.training.metrics import RunLog
 spent = {"data": 0.0, "step": 0.0, "log": 0.0}
 def timed(cls, method, name):

@@ -28,8 +28,8 @@ from torch import Tensor, nn  # noqa: E402
 from aquila.backend import get_backend  # noqa: E402
 from aquila.config import Device, ModelConfig, load_run_config  # noqa: E402
 from aquila.model import AquilaModel, hf  # noqa: E402
-from aquila.training.lean import blocks  # noqa: E402
-from aquila.training.settings import parameter_groups  # noqa: E402
+from aquila.training.deepspeed.config import parameter_groups  # noqa: E402
+from aquila.training.deepspeed.zero_step import blocks  # noqa: E402
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 Step = Callable[[Tensor, Tensor], float]
@@ -51,7 +51,7 @@ def first_weights(config: ModelConfig, device: torch.device) -> Iterator[tuple[s
 
 
 def ours(settings: SimpleNamespace, stack: ExitStack, fp8: str = "") -> tuple[Step, str]:
-    """The model under `aquila.training.engine.Engine`, ZeRO-2, a world of one; or torch alone.
+    """The model under `aquila.training.deepspeed.engine.Engine`, ZeRO-2, a world of one; or torch alone.
 
     fp8: a recipe for layers in float8, as the run key.
     """
@@ -60,7 +60,7 @@ def ours(settings: SimpleNamespace, stack: ExitStack, fp8: str = "") -> tuple[St
         import deepspeed  # noqa: F401
     except ImportError:
         return ours_alone(settings)
-    from aquila.training.engine import Engine, processes
+    from aquila.training.deepspeed.engine import Engine, processes
 
     folder = Path(stack.enter_context(TemporaryDirectory()))
     (folder / "config.json").write_text(settings.config.model_dump_json(exclude_defaults=True))

@@ -60,12 +60,12 @@ def rank(accumulation: int, exchange: bool) -> None:
     from aquila.backend import cpu
     from aquila.config import Device, load_run_config
     from aquila.model import AquilaModel
-    from aquila.training import lean
-    from aquila.training.engine import Engine, processes
-    from aquila.training.settings import parameter_groups
+    from aquila.training.deepspeed import zero_step
+    from aquila.training.deepspeed.config import parameter_groups
+    from aquila.training.deepspeed.engine import Engine, processes
 
     if not exchange:
-        lean.can_exchange = lambda zero: False
+        zero_step.can_exchange = lambda zero: False
     with tempfile.TemporaryDirectory() as temporary, processes("gloo", torch.device("cpu")) as (me, ranks):
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -98,7 +98,7 @@ def main() -> None:
         rank(options.accumulation, options.exchange)
         return
     from aquila.config import ModelConfig
-    from aquila.launch.memory import Setup, bytes_sent
+    from aquila.planning.memory import Setup, bytes_sent
 
     words = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), __file__, "--rank"]
     words += ["--accumulation", str(options.accumulation), *(["--exchange"] if options.exchange else [])]

@@ -3,12 +3,12 @@
     python benchmarks/train_step.py [--preset cpu|small|gpu-1b|gpu-7b] [--config MODEL/config.json]
                                     [--rounds 5] [--contenders ours transformers-pure ...]
 
-Ours goes through the engine that users run (`aquila/training/engine.py`, DeepSpeed ZeRO-2, a world of one;
-torch alone where DeepSpeed is missing, and it says so); ours-fp8 and ours-fp8-rowwise have the layers in
-float8 (run key `fp8`). Theirs: transformers' Llama with sdpa, eager and compiled, in fp32, under bf16
-autocast (amp) and in pure bf16; litgpt's and torchtitan's where they are installed (torchtitan's amp is its
-trainer's own, FSDP2's mixed precision). Same first weights, same tokens. Pure bf16 keeps no fp32 master
-weights and does less work for a worse optimizer.
+Ours goes through the engine that users run (`aquila/training/deepspeed/engine.py`, DeepSpeed ZeRO-2, a
+world of one; torch alone where DeepSpeed is missing, and it says so); ours-fp8 and ours-fp8-rowwise have
+the layers in float8 (run key `fp8`). Theirs: transformers' Llama with sdpa, eager and compiled, in fp32,
+under bf16 autocast (amp) and in pure bf16; litgpt's and torchtitan's where they are installed (torchtitan's
+amp is its trainer's own, FSDP2's mixed precision). Same first weights, same tokens. Pure bf16 keeps no fp32
+master weights and does less work for a worse optimizer.
 
 Each contender is a process of its own. In every round each takes a turn, so that a busy moment hits all;
 medians over the rounds count, and ratios are medians of each round's ratio. One contender in each round is

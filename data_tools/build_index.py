@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from aquila.config import load_run_config, parse_blend
-from aquila.errors import UserError, run_command
+from aquila.core.errors import UserError, run_command
 
 
 def parse_arguments() -> argparse.Namespace:

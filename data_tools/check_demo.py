@@ -7,7 +7,7 @@ import argparse
 import math
 from pathlib import Path
 
-from aquila.errors import run_command
+from aquila.core.errors import run_command
 from data_tools.demo_corpus import draw_prompts, is_correct
 
 
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     from aquila.generation import generate
-    from aquila.generation.find import find_model_dir
+    from aquila.generation.locate import find_model_dir
     from aquila.model import AquilaModel
     from aquila.tokenizer import load_tokenizer
     from aquila.training.metrics import read_metrics

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aquila.core.errors import UserError, run_command
 from aquila.data.indexfile import Index, read_index, read_tokens
 from aquila.data.meta import read_meta
-from aquila.errors import UserError, run_command
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 _BAR = 40

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from aquila.errors import run_command
+from aquila.core.errors import run_command
 from data_tools.demo_corpus import document
 
 

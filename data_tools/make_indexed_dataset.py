@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 
+from aquila.core.errors import EXIT_STOPPED, UserError, run_command
 from aquila.data.prepare.documents import TEMPLATES
 from aquila.data.prepare.pipeline import Request, make_datasets
-from aquila.errors import EXIT_STOPPED, UserError, run_command
 from aquila.tokenizer import load_tokenizer
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 
+from aquila.core.errors import run_command
 from aquila.data.merge import merge_datasets
-from aquila.errors import run_command
 
 
 def main() -> int:

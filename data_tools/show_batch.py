@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from aquila.errors import UserError, run_command
+from aquila.core.errors import UserError, run_command
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from aquila.errors import UserError, run_command
+from aquila.core.errors import UserError, run_command
 from aquila.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 
 

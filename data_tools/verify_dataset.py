@@ -2,8 +2,8 @@
 
 import argparse
 
+from aquila.core.errors import EXIT_USER_ERROR, run_command
 from aquila.data.verify import verify_dataset
-from aquila.errors import EXIT_USER_ERROR, run_command
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquila.backend import reference
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 
 def attention(

@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquila.backend import (
-    common,
-    few_rows,
-    fused_loss,
-    passes,
-    reference,
-    tile_attention,
-    tile_loss,
-    tile_products,
-)
+from aquila.backend import common, reference
+from aquila.backend.cpu_kernels import cross_entropy as cross_entropy_kernel
+from aquila.backend.cpu_kernels import fused_ops, gemv
+from aquila.backend.cpu_kernels.amx import attention as amx_attention
+from aquila.backend.cpu_kernels.amx import linear as amx_linear
+from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
 from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "gloo"
@@ -39,15 +35,15 @@ OPTIMIZERS = ("torch",)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 attention_kind = common.fused_or_same
-step_linear = few_rows.linear
-prepare_weight = few_rows.huge_pages
-linear = tile_products.linear
-add_weight_gradient = tile_products.add
-whole_cross_entropy = tile_loss.cross_entropy
-square_sum = passes.square_sum
+step_linear = gemv.linear
+prepare_weight = gemv.huge_pages
+linear = amx_linear.linear
+add_weight_gradient = amx_linear.add
+whole_cross_entropy = amx_linear_cross_entropy.cross_entropy
+square_sum = fused_ops.square_sum
 fp8_support = reference.fp8_support
 convert_to_fp8 = reference.convert_to_fp8
-adamw = passes.adamw
+adamw = fused_ops.adamw
 
 
 def attention(
@@ -75,32 +71,32 @@ def attention(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
-    if tile_attention.takes(q, k, v):
-        return tile_attention.attention(q, k, v, documents, start)
+    if amx_attention.takes(q, k, v):
+        return amx_attention.attention(q, k, v, documents, start)
     return common.sdpa(q, k, v, documents=documents, start=start)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`, in one pass."""
-    y = passes.rms_norm(x, weight, eps)
+    y = fused_ops.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps) if y is None else y
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """As `reference.embedding`; its gradient in one pass, each row rounded once."""
-    y = passes.embedding(tokens, weight)
+    y = fused_ops.embedding(tokens, weight)
     return reference.embedding(tokens, weight) if y is None else y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`, in one pass."""
-    y = passes.swiglu(gate, up)
+    y = fused_ops.swiglu(gate, up)
     return reference.swiglu(gate, up) if y is None else y
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rotary`, in one pass."""
-    y = passes.rotary(x, cos, sin)
+    y = fused_ops.rotary(x, cos, sin)
     return reference.rotary(x, cos, sin) if y is None else y
 
 
@@ -111,8 +107,8 @@ def cross_entropy_(
 
     The compiled kernel took 0.06 ms a row of 100008 in bf16 (two cores), blocks of plain torch 0.13.
     """
-    losses = fused_loss.cross_entropy_(logits, labels, scale, z_loss, gradient)
-    return fused_loss.blocked(logits, labels, scale, z_loss, gradient) if losses is None else losses
+    losses = cross_entropy_kernel.cross_entropy_(logits, labels, scale, z_loss, gradient)
+    return cross_entropy_kernel.blocked(logits, labels, scale, z_loss, gradient) if losses is None else losses
 
 
 def optimizer_kind(asked: str = "auto") -> str:
@@ -187,14 +183,14 @@ def synchronize() -> None:
 
 def kernels() -> dict[str, str]:
     """What runs each operation on this device, in words: of bf16, where dtypes differ."""
-    row_wise = "compiled, in one pass" if passes.available() else "torch"
-    by_rows = "compiled, a row at a time" if fused_loss.available() else "blocked, in cache"
+    row_wise = "compiled, in one pass" if fused_ops.available() else "torch"
+    by_rows = "compiled, a row at a time" if cross_entropy_kernel.available() else "blocked, in cache"
     return {
-        "attention": "flash on matrix tiles" if tile_attention.available() else "torch SDPA (flash for CPU)",
+        "attention": "flash on matrix tiles" if amx_attention.available() else "torch SDPA (flash for CPU)",
         "rms_norm": row_wise,
         "rotary": row_wise,
         "swiglu": row_wise,
-        "linear": "on matrix tiles" if tile_products.available() else "torch",
-        "cross_entropy": "whole, on matrix tiles" if tile_loss.available() else by_rows,
+        "linear": "on matrix tiles" if amx_linear.available() else "torch",
+        "cross_entropy": "whole, on matrix tiles" if amx_linear_cross_entropy.available() else by_rows,
         "optimizer": "AdamW, " + row_wise,
     }

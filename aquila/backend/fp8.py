@@ -16,7 +16,7 @@ from types import ModuleType
 
 from torch import nn
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 NATIVE, EMULATED = "native", "emulated"
 OLDEST = (0, 18)

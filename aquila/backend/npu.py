@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, reference
 from aquila.backend.reference import TRIANGLE_BLOCK
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.config.strict import nearest, read_json
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 # Key of deepspeed.json -> the run key that is the same quantity.
 _SAME = {

@@ -11,7 +11,7 @@ from aquila.config.deepspeed import DeepSpeedFile
 from aquila.config.model import ModelConfig, load_model_config
 from aquila.config.run import RunConfig, find_config
 from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 MODELS = "checkpoints_in"
 FP8_RUNS = ("native", "emulated")

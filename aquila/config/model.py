@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, PositiveInt, model_validator
 
 from aquila.config.strict import StrictModel, read_json, validate
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 
 class ModelConfig(StrictModel):

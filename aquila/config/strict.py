@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 
 class StrictModel(BaseModel):

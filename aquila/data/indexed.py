@@ -20,9 +20,9 @@ import numpy as np
 
 from aquila.config import parse_blend
 from aquila.config.run import parse_split
+from aquila.core.errors import UserError
 from aquila.data.blend import Blend, Segment
 from aquila.data.indexfile import bin_path, read_index
-from aquila.errors import UserError
 
 
 @contextlib.contextmanager

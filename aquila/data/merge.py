@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import Index, bin_path, idx_path, read_index, sync, write_index
 from aquila.data.meta import make_meta, meta_path, read_meta, write_meta
-from aquila.errors import UserError
 
 _COPY = 1 << 22
 

@@ -12,8 +12,8 @@ import numpy as np
 
 import aquila
 from aquila.config.strict import read_json
+from aquila.core.errors import UserError
 from aquila.data.indexfile import Index, read_index, read_tokens, sync
-from aquila.errors import UserError
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aquila.config.strict import read_json
+from aquila.core.errors import UserError
 from aquila.data.blend import Segment
 from aquila.data.indexed import SampleStream, open_corpora
-from aquila.errors import UserError
 
 FILE = "data_order.json"
 

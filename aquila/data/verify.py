@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import Index, bin_path, idx_path, read_index, read_tokens
 from aquila.data.meta import id_range, meta_path, read_meta
-from aquila.errors import UserError
 
 _CHUNK = 1 << 20
 

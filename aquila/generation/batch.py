@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from aquila.errors import UserError
-from aquila.generation.screen import write
-from aquila.generation.session import Session
-from aquila.generation.text import Answer
+from aquila.core.errors import UserError
+from aquila.generation.answers import Answer
+from aquila.generation.chat import Session
+from aquila.generation.tty import write
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -4,9 +4,9 @@ import shlex
 from dataclasses import fields
 
 from aquila.config.strict import nearest
-from aquila.errors import UserError
+from aquila.core.errors import UserError
+from aquila.generation.chat import Session
 from aquila.generation.sampling import Sampling
-from aquila.generation.session import Session
 
 LEAVE = ("exit", "quit", "false")
 SETTINGS = tuple(field.name for field in fields(Sampling))

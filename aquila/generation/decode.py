@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.generation.cache import RowCache
+from aquila.generation.decode_step import DecodeStep
 from aquila.generation.sampling import Sampling, draw, penalize
-from aquila.generation.step import DecodeStep
 from aquila.model import AquilaModel
 
 # More tokens at once are no faster, and their activations no longer fit the processor's caches.

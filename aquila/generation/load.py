@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from aquila.backend import DEVICE_TYPES, detect, get_backend
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.generation.int8 import quantize
 from aquila.model import AquilaModel
 from aquila.model.weights import Weights, load_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 
 @dataclass(frozen=True)

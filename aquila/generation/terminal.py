@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.generation.batch import explain_end
+from aquila.generation.chat import Session
 from aquila.generation.commands import COMPLETIONS, is_command, leaves, more_prompt, run_command_line
-from aquila.generation.screen import write
-from aquila.generation.session import Session
+from aquila.generation.tty import write
 
 
 def converse_by_lines(session: Session, as_json: bool) -> int:

@@ -6,16 +6,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from aquila.errors import UserError, run_command
-from aquila.launch.checks import WARN, Checked, check_run
-from aquila.launch.code import find_config_argument, find_file
+from aquila.core.errors import UserError, run_command
+from aquila.core.paths import find_config_argument, find_file
+from aquila.core.run_folder import check_experiment
 from aquila.launch.copying import copy_to_nodes
-from aquila.launch.hosts import calling, check_hosts
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
-from aquila.launch.runs import check_experiment
 from aquila.launch.status import show_status
 from aquila.launch.stop import stop_here, stop_nodes
+from aquila.preflight.hosts import calling, check_hosts
+from aquila.preflight.local import WARN, Checked, check_run
 
 TRIGGER = {"local": "scripts/local_trigger_docker.sh", "dist": "scripts/dist_trigger_docker.sh"}
 

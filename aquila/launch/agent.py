@@ -20,12 +20,13 @@ from typing import Any
 
 import psutil
 
-from aquila.errors import EXIT_USER_ERROR
-from aquila.launch import failure, nodes, runs
-from aquila.launch.code import code_fingerprint
-from aquila.launch.facts import Facts
-from aquila.launch.follow import Follower
-from aquila.launch.ranks import Ranks, Start, kill_marked
+from aquila.core import run_folder
+from aquila.core.errors import EXIT_USER_ERROR
+from aquila.core.jsonl import Follower
+from aquila.core.paths import code_fingerprint
+from aquila.launch import failure, nodes
+from aquila.launch.node_probe import Facts
+from aquila.launch.torchrun import Ranks, Start, kill_marked
 
 TICK = 0.1
 BEAT = 1.0
@@ -126,7 +127,7 @@ class Agent(Facts):
         With `takeover` the node was given up before by the same run: an agent of that time goes first.
         """
         self.node_timeout = node_timeout
-        folder = runs.experiment_dir(Path(root), experiment)
+        folder = run_folder.experiment_dir(Path(root), experiment)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if takeover:
@@ -142,7 +143,7 @@ class Agent(Facts):
                 return
             resumed = False
             if version is None:
-                version, resumed = runs.choose_version(folder, resume)
+                version, resumed = run_folder.choose_version(folder, resume)
             run_dir = folder / version
             (run_dir / "launch").mkdir(parents=True, exist_ok=True)
             (run_dir / "logs").mkdir(exist_ok=True)
@@ -256,7 +257,7 @@ class Agent(Facts):
         )
         if self.state_path:
             with contextlib.suppress(OSError):  # a full disk must not stop the agent from clearing away
-                runs.write_json(self.state_path, self.state)
+                run_folder.write_json(self.state_path, self.state)
 
     # the loop
 
@@ -297,7 +298,7 @@ class Agent(Facts):
 
 def end_earlier_agent(state_path: Path, run_id: str) -> None:
     """Kills the agent that the same run had on this node before it was given up, ranks included."""
-    state = runs.read_json(state_path)
+    state = run_folder.read_json(state_path)
     if not state or state.get("run_id") != run_id or state.get("machine") != machine_key():
         return
     if agent_alive(state):
@@ -310,7 +311,7 @@ def end_earlier_agent(state_path: Path, run_id: str) -> None:
 
 
 def agent_alive(state: dict[str, Any]) -> bool:
-    """Whether the process that wrote a node's state still runs."""
+    """Whether the process that wrote a node's state still run_dir."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(state["pid"])
         same = abs(process.create_time() - state["created"]) < 1.0  # else the pid was given out again

@@ -15,9 +15,9 @@ import time
 from collections import deque
 from typing import Any
 
-from aquila.errors import UserError
-from aquila.launch.code import ROOT
-from aquila.launch.rank import die_with_parent
+from aquila.core.errors import UserError
+from aquila.core.paths import ROOT
+from aquila.launch.rank_wrapper import die_with_parent
 
 SSH_OPTIONS = (
     "-T",

@@ -15,10 +15,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from aquila.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
-from aquila.launch import failure, runs
-from aquila.launch.code import ROOT
-from aquila.launch.members import Member, Members, RunError
+from aquila.core import run_folder
+from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from aquila.core.paths import ROOT
+from aquila.launch import failure
+from aquila.launch.cluster import Member, Members, RunError
 
 HELLO_TIMEOUT = 12.0
 KILL_TIMEOUT = 15.0
@@ -256,7 +257,7 @@ class Controller:
             "record": self.record,
         }
         with contextlib.suppress(OSError):
-            runs.write_json(Path(self.run_dir) / "launch" / "status.json", told)
+            run_folder.write_json(Path(self.run_dir) / "launch" / "status.json", told)
 
 
 def _failed(records: list[dict[str, Any]]) -> bool:

@@ -4,7 +4,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.launch.channel import on_host
 
 # Into a folder beside the target, then renamed: nothing half-copied is ever taken for whole.

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from aquila.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from aquila.core.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 LINES_SHOWN = 40
 _LOOK_BACK = 256 * 1024

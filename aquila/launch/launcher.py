@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aquila.errors import EXIT_FAILURE, EXIT_STOPPED
+from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
+from aquila.core.paths import ROOT
 from aquila.launch import failure
-from aquila.launch.code import ROOT
 from aquila.launch.display import Display
 
 

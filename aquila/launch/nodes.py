@@ -7,7 +7,7 @@ import socket
 
 import psutil
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.launch.hostfile import Node, as_address
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")

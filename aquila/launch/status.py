@@ -4,11 +4,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aquila.errors import UserError
-from aquila.launch import runs
-from aquila.launch.code import ROOT
+from aquila.core import run_folder
+from aquila.core.checkpoints import FOLDER, list_checkpoints
+from aquila.core.errors import UserError
+from aquila.core.jsonl import last_lines
+from aquila.core.paths import ROOT
 from aquila.launch.display import describe
-from aquila.launch.follow import last_lines
 from aquila.launch.stop import running_agents
 
 STALE = 30.0
@@ -17,14 +18,14 @@ STALE = 30.0
 
 def show_status(experiment: str, root: Path = ROOT) -> int:
     """Prints the newest version's state; 0 when it runs or has ended well, else its exit status."""
-    folder = runs.experiment_dir(root, experiment)
-    found = [path for path in runs.versions(folder) if (path / "launch" / "status.json").is_file()]
+    folder = run_folder.experiment_dir(root, experiment)
+    found = [path for path in run_folder.versions(folder) if (path / "launch" / "status.json").is_file()]
     if not found:
         others = sorted(path.parent.parent.name for path in root.glob("checkpoints_out/*/*/launch"))
         known = f"; there are: {', '.join(dict.fromkeys(others))}" if others else ""
         raise UserError(f"no launch of '{experiment}' under {root / 'checkpoints_out'}{known}")
     run_dir = max(found, key=lambda path: (path / "launch" / "status.json").stat().st_mtime)
-    told = runs.read_json(run_dir / "launch" / "status.json") or {}
+    told = run_folder.read_json(run_dir / "launch" / "status.json") or {}
     state, status = overall(told, bool(running_agents(experiment, root)))
     print(f"{experiment}/{run_dir.name}: {state}")
     for line in details(run_dir, told):
@@ -68,10 +69,9 @@ def details(run_dir: Path, told: dict[str, Any]) -> list[str]:
     lines = [describe(metric)] if metric else ["no step logged yet"]
     if (slowest := metric.get("slowest_rank")) is not None:
         lines.append(f"slowest rank: {slowest}")
-    if runs.has_checkpoint(run_dir):
-        latest = run_dir / "checkpoints" / "latest"
-        age = time.time() - latest.stat().st_mtime
-        lines.append(f"last checkpoint: {latest.read_text(encoding='utf-8').strip()}, {ago(age)}")
+    if checkpoints := list_checkpoints(run_dir / FOLDER):
+        age = time.time() - checkpoints[-1].stat().st_mtime
+        lines.append(f"last checkpoint: {checkpoints[-1].name}, {ago(age)}")
     else:
         lines.append("last checkpoint: none yet")
     lines.append(f"logs: {run_dir / 'logs'}")

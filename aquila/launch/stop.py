@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aquila.errors import EXIT_FAILURE, UserError
-from aquila.launch import runs
+from aquila.core import run_folder
+from aquila.core.errors import EXIT_FAILURE, UserError
+from aquila.core.paths import ROOT
 from aquila.launch.agent import agent_alive, machine_key
 from aquila.launch.channel import on_host
-from aquila.launch.code import ROOT
 from aquila.launch.hostfile import read_hostfile
 from aquila.launch.nodes import is_this_node
-from aquila.launch.ranks import kill_marked
+from aquila.launch.torchrun import kill_marked
 
 STOP_TIMEOUT = 600.0
 """Seconds for saving the last checkpoint, after which the ranks are killed."""
@@ -26,8 +26,8 @@ STOP_TIMEOUT = 600.0
 def running_agents(experiment: str, root: Path = ROOT) -> list[dict[str, Any]]:
     """The states of the agents of an experiment that are alive on this machine."""
     found = []
-    for path in runs.experiment_dir(root, experiment).glob("*/launch/node-*.json"):
-        state = runs.read_json(path)
+    for path in run_folder.experiment_dir(root, experiment).glob("*/launch/node-*.json"):
+        state = run_folder.read_json(path)
         if state and state.get("machine") == machine_key() and agent_alive(state):
             found.append(state)
     return found
@@ -35,7 +35,7 @@ def running_agents(experiment: str, root: Path = ROOT) -> list[dict[str, Any]]:
 
 def stop_here(experiment: str) -> int:
     """Stops this machine's ranks of an experiment and waits until they are gone. 0 when nothing is left."""
-    if not runs.experiment_dir(ROOT, experiment).is_dir():
+    if not run_folder.experiment_dir(ROOT, experiment).is_dir():
         raise UserError(f"no experiment '{experiment}' under {ROOT / 'checkpoints_out'}")
     agents = running_agents(experiment)
     if not agents:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 _DTYPES = {
     "F64": torch.float64,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aquila.config import ModelConfig
 from aquila.config.strict import read_json, validate
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 _TOP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",

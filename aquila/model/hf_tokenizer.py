@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.config.strict import read_json
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.model.files import replacing
 from aquila.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from aquila.config import ModelConfig, load_model_config
 from aquila.config.strict import read_json, validate
-from aquila.errors import UserError
+from aquila.core.checkpoints import FOLDER, newest_checkpoint
+from aquila.core.errors import UserError
 from aquila.model import hf
 from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, replacing, write_safetensors
 
@@ -71,14 +72,16 @@ class Weights:
 
 
 def resolve_model_dir(path: Path) -> Path:
-    """`path`, or the newest checkpoint when it is a run's folder or its `checkpoints/`."""
-    for folder in (path, path / "checkpoints"):
-        latest = folder / "latest"
-        if latest.is_file():
-            target = folder / latest.read_text(encoding="utf-8").strip()
-            if not target.is_dir():
-                raise UserError(f"{latest} names {target.name}, which does not exist in {folder}")
-            return target
+    """`path`, or the newest checkpoint when it is a run's folder or its `checkpoints/`.
+
+    Raises `UserError` when it holds checkpoints and all of them are damaged.
+    """
+    for folder in (path, path / FOLDER):
+        found, problems = newest_checkpoint(folder)
+        if found:
+            return found
+        if problems:
+            raise UserError("\n".join(problems))
     return path
 
 

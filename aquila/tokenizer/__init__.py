@@ -7,10 +7,10 @@ last id of the vocabulary; `<|endoftext|>` stands for padding.
 
 from pathlib import Path
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.tokenizer.base import END_OF_TEXT, SPECIAL_TOKENS, DecodeStream, Tokenizer, surrogate_at
 from aquila.tokenizer.bytepair import BytePairTokenizer
-from aquila.tokenizer.pieces import SentencePieceTokenizer
+from aquila.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 __all__ = [
     "END_OF_TEXT",

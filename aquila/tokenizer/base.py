@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 SPECIAL_TOKENS = (
     "<|startofpiece|>",

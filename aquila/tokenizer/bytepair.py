@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -24,9 +24,7 @@ import torch.distributed as dist
 
 import aquila
 from aquila.config import EffectiveConfig
-from aquila.model.weights import save_weights
-from aquila.training.engine import SHARDS, Engine, on_first_rank
-from aquila.training.files import (
+from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
     MANIFEST,
@@ -38,9 +36,11 @@ from aquila.training.files import (
     sync,
     write_atomically,
 )
-from aquila.training.randomness import random_state
+from aquila.model.weights import save_weights
+from aquila.training.deepspeed.checkpoint_engine import to_host
+from aquila.training.deepspeed.engine import SHARDS, Engine, on_first_rank
 from aquila.training.resume import launch_id
-from aquila.training.snapshot import to_host
+from aquila.training.rng import random_state
 from aquila.training.state import TrainState
 
 MODEL_FILES = (

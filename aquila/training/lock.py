@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.training.console import say
 
 _held: list[IO[str]] = []

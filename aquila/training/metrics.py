@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aquila.training.boards import Board
+from aquila.core.checkpoints import write_atomically
 from aquila.training.console import say
-from aquila.training.engine import StepResult
-from aquila.training.files import write_atomically
+from aquila.training.deepspeed.engine import StepResult
+from aquila.training.metric_writers import Board
 from aquila.training.state import TrainState
 
 METRICS = "metrics.jsonl"

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 
 from aquila.config import EffectiveConfig
-from aquila.errors import UserError
-from aquila.training.console import say
-from aquila.training.engine import SHARDS, Engine, make_universal, on_first_rank
-from aquila.training.files import (
+from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
     clear_leftovers,
     damage,
     list_checkpoints,
+    newest_checkpoint,
     read_state,
     set_aside,
     step_of,
     write_atomically,
 )
-from aquila.training.randomness import restore_random_state
+from aquila.core.errors import UserError
+from aquila.training.console import say
+from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState
 
 
@@ -58,18 +59,15 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
 
 
 def _newest_whole(checkpoints: Path) -> Path | None:
-    found = list_checkpoints(checkpoints)
-    for folder in reversed(found):
-        problem = damage(folder)
-        if problem is None:
-            return folder
-        say(f"warning: checkpoint {folder} is not whole and is not used: {problem}")
-    if found:
+    found, problems = newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: {problem}")
+    if problems and not found:
         raise UserError(
-            f"none of the {len(found)} checkpoints in {checkpoints} is whole; "
+            f"none of the {len(problems)} checkpoints in {checkpoints} is whole; "
             "restore one, or start anew under another experiment name or with resume=never"
         )
-    return None
+    return found
 
 
 def _of_this_launch(checkpoint: Path) -> bool:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from aquila.config import RunConfig
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aquila.config import RunConfig
-from aquila.errors import EXIT_FAILURE, EXIT_STOPPED
+from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
-from aquila.training.engine import Engine, MicroBatch, StepResult
-from aquila.training.finite import what_is_not_finite
+from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
 from aquila.training.metrics import RunLog, StepTimer
+from aquila.training.nonfinite import what_is_not_finite
 from aquila.training.schedule import Schedule
 from aquila.training.signals import Requests
 from aquila.training.state import TrainState

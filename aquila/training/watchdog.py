@@ -15,15 +15,18 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from aquila.errors import EXIT_FAILURE
+from aquila.core.checkpoints import write_atomically
+from aquila.core.errors import EXIT_FAILURE
 from aquila.training.console import say
-from aquila.training.files import write_atomically
 
 _GRACE = 3.0
 """Seconds in which every live rank's report has to arrive."""
 _WAITING = (
-    "torch/distributed/", "deepspeed/comm/", "aquila/training/lean.py", "aquila/training/exchange.py"
-)  # fmt: skip
+    "torch/distributed/",
+    "deepspeed/comm/",
+    "aquila/training/deepspeed/zero_step.py",
+    "aquila/training/deepspeed/gradient_exchange.py",
+)
 """A stack through these files waits for another rank."""
 _READING = ("gather", "synchronize")
 """Or it reads from a device that waits: there the collective itself returns at once."""

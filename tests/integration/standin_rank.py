@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from aquila.errors import EXIT_STOPPED, UserError, run_command
+from aquila.core.errors import EXIT_STOPPED, UserError, run_command
 
 
 def main() -> int:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from aquila.core.checkpoints import fingerprint
 from tests.unit.generation.models import write_model_dir
 
 
@@ -163,8 +165,10 @@ def test_newest_run_is_found_and_its_absence_explained(run, model_dir, tmp_path)
     assert "quickstart.sh" in messages
     step = tmp_path / "checkpoints_out" / "exp" / "v1" / "checkpoints" / "step-00000010"
     step.parent.mkdir(parents=True)
-    os.symlink(model_dir, step)
-    (step.parent / "latest").write_text(step.name)
+    shutil.copytree(model_dir, step)
+    (step / "state.json").write_text("{}")
+    manifest = {path.name: fingerprint(path) for path in step.iterdir()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
     out, messages = run("--prompt", "x", "--json", "--max-new-tokens", 2, model=None, where=tmp_path)
     assert "step-00000010" in messages
     assert json.loads(out)["new_tokens"] <= 2

@@ -10,7 +10,7 @@ import launch_helpers as helpers
 import pytest
 
 from aquila.config import Device, load_run_config
-from aquila.launch.memory import GIB, estimate, setup_of
+from aquila.planning.memory import GIB, estimate, setup_of
 
 MODEL = {"dim": 512, "n_layers": 8, "n_heads": 8, "multiple_of": 64, "vocab_size": 32000, "max_seq_len": 512}
 SETUPS = {

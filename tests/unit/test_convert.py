@@ -8,7 +8,7 @@ import torch
 
 from aquila.config import ModelConfig
 from aquila.convert import main
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.model import AquilaModel, save_weights
 from aquila.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.evaluate import byte_table, evaluate, make_batches, make_windows, open_documents
 from aquila.model import AquilaModel
 from aquila.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import pytest
 
 from aquila import plan
 from aquila.config import ModelConfig, RunConfig
-from aquila.errors import UserError
-from aquila.launch.memory import ACCELERATOR_FIXED, Setup, estimate
+from aquila.core.errors import UserError
+from aquila.planning.memory import ACCELERATOR_FIXED, Setup, estimate
 
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": 100008}
 

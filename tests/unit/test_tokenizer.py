@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.tokenizer import SPECIAL_TOKENS, BytePairTokenizer, bytepair, load_tokenizer
 
 TINY = "checkpoints_in/aquila-tiny"

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import bin_path, idx_path, sync, write_index
 from aquila.data.meta import meta_path, write_meta
 from aquila.data.prepare.encode import Part
-from aquila.errors import UserError
 
 _COPY = 1 << 22
 

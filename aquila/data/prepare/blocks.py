@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aquila.core.errors import UserError
 from aquila.data.prepare.inputs import ByteStream, DamagedInputError, Source
-from aquila.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 

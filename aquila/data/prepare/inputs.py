@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 FORMS = {".jsonl": "lines", ".json": "values", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")

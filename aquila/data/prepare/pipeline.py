@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from aquila.core.errors import UserError
 from aquila.data.meta import make_meta, tokenizer_facts
 from aquila.data.prepare.assemble import Assembly
 from aquila.data.prepare.blocks import BLOCK_BYTES, Block, cut
@@ -15,7 +16,6 @@ from aquila.data.prepare.encode import Encoder, Part, checksum
 from aquila.data.prepare.inputs import Source, find_sources
 from aquila.data.prepare.pool import run_tasks
 from aquila.data.prepare.progress import Progress
-from aquila.errors import UserError
 from aquila.tokenizer import Tokenizer
 
 _FORMAT = 1

@@ -21,8 +21,8 @@ import torch
 
 from aquila import pretrain
 from aquila.backend import cpu
-from aquila.errors import run_command
-from aquila.training.engine import Engine, StepResult
+from aquila.core.errors import run_command
+from aquila.training.deepspeed.engine import Engine, StepResult
 from aquila.training.trainer import Trainer
 
 KIND, STEP, RANK = os.environ["AQUILA_FAULT"].split(":")

@@ -8,7 +8,7 @@ from torch import nn
 
 from aquila.backend import fp8, get_backend
 from aquila.config import ModelConfig
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.model import AquilaModel
 
 needs_torchao = pytest.mark.skipif(fp8.problem() is not None, reason=str(fp8.problem()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aquila.backend import detect, npu, reference
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from tests.npu_simulator import kernels
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(diagonal=1)

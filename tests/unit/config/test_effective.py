@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquila.config import Device, RunConfig, load_run_config, parse_blend, parse_split
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 CPU = Device("cpu", ("bf16", "fp32"))
 RECIPE = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aquila.config import ModelConfig, load_model_config
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 
 AQUILA_7B = {
     "dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05,

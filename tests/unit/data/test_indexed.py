@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aquila.core.errors import UserError
 from aquila.data.indexed import Corpus, open_corpora, open_dataset
-from aquila.errors import UserError
 from tests.unit.data.conftest import numbered, write_dataset
 
 SEQ = 16

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import bin_path, idx_path
 from aquila.data.meta import check_dataset, meta_path
 from aquila.data.prepare.pipeline import Request, make_datasets
-from aquila.errors import UserError
 from aquila.tokenizer import load_tokenizer
 from tests.unit.data.conftest import write_dataset
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from aquila.core.errors import UserError
 from aquila.data.indexed import open_corpora
 from aquila.data.order import FILE, continue_order, open_order, record_order
-from aquila.errors import UserError
 from tests.unit.data.conftest import numbered, write_dataset
 
 SEQ = 16

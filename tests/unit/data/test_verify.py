@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import bin_path, idx_path
 from aquila.data.merge import merge_datasets
 from aquila.data.meta import meta_path
 from aquila.data.prepare.pipeline import Request, make_datasets
 from aquila.data.verify import verify_dataset
-from aquila.errors import UserError
 from aquila.tokenizer import load_tokenizer
 from tests.unit.data.conftest import write_dataset
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
+from aquila.generation.chat import Session
 from aquila.generation.commands import COMMANDS, HELP, is_command, leaves, run_command_line
 from aquila.generation.load import load
 from aquila.generation.sampling import Sampling
-from aquila.generation.session import Session
 from tests.unit.generation.models import write_model_dir
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.generation import generate
 from aquila.generation.decode import Decoder, window
 from aquila.generation.sampling import Sampling

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.generation.sampling import Sampling, draw, penalize
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.launch.hostfile import Node, parse_hostfile, read_hostfile
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.launch import nodes
 from aquila.launch.hostfile import Node, parse_hostfile
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aquila.errors import UserError
+from aquila.core.checkpoints import fingerprint
+from aquila.core.errors import UserError
 from aquila.model import AquilaModel, hf, load_weights, save_weights
 from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, write_safetensors, write_torch
 
@@ -211,11 +212,13 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(model, folder, tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step-00000003"
     shutil.copytree(folder, step)
     save_weights(model, step)
-    (step.parent / "latest").write_text("step-00000003\n")
+    (step / "state.json").write_text("{}")
+    manifest = {path.name: fingerprint(path) for path in step.iterdir()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
     for path in (tmp_path / "run", step.parent, step):
         assert same(AquilaModel.from_pretrained(path), model)
-    (step.parent / "latest").write_text("step-00000004\n")
-    with pytest.raises(UserError, match="names step-00000004, which does not exist"):
+    (step / "state.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000003 is damaged.*state\.json is missing"):
         AquilaModel.from_pretrained(tmp_path / "run")
 
 

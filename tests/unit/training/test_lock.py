@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.training.lock import lock_run
 
 HOLD = """

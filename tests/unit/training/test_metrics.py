@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from aquila.training.engine import StepResult
+from aquila.training.deepspeed.engine import StepResult
 from aquila.training.metrics import RunLog, StepTimer, forget_after, read_metrics
 from aquila.training.plot import smooth
 from aquila.training.state import TrainState

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aquila.training.files import fingerprint
+from aquila.core.checkpoints import fingerprint
 from aquila.training.resume import find_resume, launch_id
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquila.config import RunConfig
-from aquila.errors import UserError
+from aquila.core.errors import UserError
 from aquila.training.schedule import Schedule, make_schedule
 
 STYLES = ("cosine", "linear", "constant", "wsd")

@@ -26,9 +26,12 @@ time.sleep(3600)
     [
         (("/env/torch/distributed/distributed_c10d.py", "all_reduce"), True),
         (("/env/deepspeed/comm/comm.py", "barrier"), True),
-        (("/home/aquila/training/engine.py", "gather"), True),  # reads from a device that is in a collective
+        (
+            ("/home/aquila/training/deepspeed/engine.py", "gather"),
+            True,
+        ),  # reads from a device that is in a collective
         (("/home/aquila/backend/cuda.py", "synchronize"), True),
-        (("/home/aquila/training/lean.py", "step"), True),
+        (("/home/aquila/training/deepspeed/zero_step.py", "step"), True),
         (("/home/aquila/data/batches.py", "__next__"), False),
         (("/env/other/io.py", "gather"), False),
     ],

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import read_index
 from aquila.data.prepare import assemble, blocks
 from aquila.data.prepare.pipeline import Request, make_datasets
 from aquila.data.verify import verify_dataset
-from aquila.errors import UserError
 from aquila.tokenizer import load_tokenizer
 
 KILLED = 9

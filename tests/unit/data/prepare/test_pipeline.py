@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aquila.core.errors import UserError
 from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.prepare import blocks
 from aquila.data.prepare.documents import AQUILA_SYSTEM, conversation
 from aquila.data.prepare.inputs import find_sources
 from aquila.data.prepare.pipeline import Request, make_datasets
-from aquila.errors import UserError
 from aquila.tokenizer import load_tokenizer
 
 TEXTS = [f"document {i}: " + "Monday 星期一 🙂\n" * (i % 7) + "end" for i in range(60)]

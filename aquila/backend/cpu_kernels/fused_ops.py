@@ -1,0 +1,181 @@
+"""The CPU's norm, gate, rotary embedding and optimizer as compiled passes over memory (`fused_ops.cpp`)."""
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aquila.backend import reference
+from aquila.backend.cpu_kernels import native
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def available() -> bool:
+    """Whether the compiled passes are there (compiling them at the first call)."""
+    return native.library("fused_ops.cpp") is not None
+
+
+def _taken(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    alike = dtype in _NAMES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+    return alike and not torch.compiler.is_compiling() and available()
+
+
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
+    kernel = getattr(native.library("fused_ops.cpp"), f"{name}_{_NAMES[like.dtype]}")
+    kernel.restype = None
+    kernel(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _as_c(value: Any) -> Any:
+    if isinstance(value, ctypes.Structure | ctypes.c_double):
+        return ctypes.byref(value)
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """As `reference.rms_norm`; None for other dtypes than bf16 and fp32."""
+    return _Norm.apply(x, weight, eps) if _taken(x, weight) else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+        scale = torch.empty(rows, dtype=torch.float32)
+        _call("norm", x, x, weight, y, scale, rows, x.shape[-1], eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        _call("norm_backward", x, x, weight, scale, slope.contiguous(), dx, dweight, len(scale), x.shape[-1])
+        return dx, dweight, None
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor | None:
+    """As `reference.embedding`, or None; a row's gradient is summed in fp32 and rounded once."""
+    return _Embedding.apply(tokens, weight) if _taken(weight) else None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.like = weight.shape
+        return reference.embedding(tokens, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        taken, order = tokens.flatten().sort(stable=True)
+        gradient = slope.new_empty(ctx.like)
+        _call("table", slope, slope.contiguous(), taken, order, gradient, len(taken), *ctx.like)
+        return None, gradient
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
+    """As `reference.swiglu`, or None; for backward it keeps its inputs alone."""
+    return _Gated.apply(gate, up) if _taken(gate, up) else None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _call("gated", gate, gate, up, y, gate.numel())
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _call("gated_backward", gate, gate, up, slope.contiguous(), dgate, dup, gate.numel())
+        return dgate, dup
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """As `reference.rotary`, or None."""
+    return _Rotary.apply(x, cos.contiguous(), sin.contiguous()) if _taken(x) else None
+
+
+class _Rotary(torch.autograd.Function):
+    """Backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(slope, *ctx.saved_tensors, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    batch, positions, heads, dim = x.shape
+    step = positions * dim // 2 if cos.shape[0] > 1 else 0
+    _call("rotary", x, x, cos, sin, y, batch, positions, heads, dim // 2, step, direction)
+    return y
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """As `reference.square_sum`: squares and short sums in fp32, their sum in fp64."""
+    if not (_taken(x) and x.is_contiguous()):
+        return reference.square_sum(x)
+    total = ctypes.c_double()
+    _call("squares", x, x, total, x.numel())
+    return torch.tensor(total.value, dtype=torch.float64)
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("rest1", "beta2", "rest2", "eps", "decay", "step_size", "root", "factor")
+    ]
+
+
+_LANES = 16  # torch computes what remains of these in fp64
+
+
+def adamw(
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    settings: dict[str, Any],
+    factor: float,
+) -> None:
+    """As `reference.adamw`, bit for bit."""
+    exp_avg, exp_avg_sq, step = moments
+    dense = all(x.is_contiguous() for x in (weights, master, gradient, exp_avg, exp_avg_sq))
+    whole = master.numel() // _LANES * _LANES
+    if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
+        whole = 0
+    if whole:
+        beta1, beta2 = settings["betas"]
+        steps, rate = step.item(), settings["lr"]
+        values = _Adam(
+            1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
+            rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
+        )  # fmt: skip
+        _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
+    if whole < master.numel():
+        rest = [x[whole:] for x in (weights, master, gradient, exp_avg, exp_avg_sq)]
+        reference.adamw(*rest[:3], (*rest[3:], step), settings, factor)

@@ -1,0 +1,1 @@
+"""What every room uses and none owns: errors, paths, JSON lines, the run folder. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP endpoint: server, wire format, continuous batching."""

@@ -1,0 +1,292 @@
+"""How much memory a device needs to train a model, and how much it sends: from shapes alone, no torch.
+
+Symbols: P parameters, N devices, T = batch_size x sequence tokens of a micro step, b bytes of the
+training dtype. Sources: ZeRO (arXiv 1910.02054, section 3 and 7.2) for states and traffic; the list of
+saved activations is that of `model/aquila.py`, counted with autograd's saved-tensor hooks and tested
+against them; the whole is tested against measured peaks.
+"""
+
+from dataclasses import dataclass
+
+from aquila.config import EffectiveConfig, ModelConfig
+
+GIB = 2**30
+CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20}
+MAX_ROUNDINGS = 4
+"""As in `model/loss.py`: bytes of a chunk of logits, by bytes of a number; chunks summed in the dtype."""
+TRIANGLE_BLOCK = 512
+REDUCE_BUCKET = 5e8
+"""DeepSpeed's default `reduce_bucket_size`, in elements."""
+LIVE_PARAMETERS = 1e9
+"""DeepSpeed's default `stage3_max_live_parameters`: ZeRO-3 gathers up to this many at a time."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the memory of one device depends on, besides the model."""
+
+    devices: int
+    batch_size: int
+    seq_length: int
+    precision: str = "bf16"
+    zero_stage: int = 2
+    offload: bool = False
+    checkpointed_layers: int = 0
+    gradient_accumulation_steps: int = 1
+    attention: str = "fused"
+    one_pass: bool = False
+    """The gate keeps no silu, and cosines and sines are those of all layers (a CPU's compiled passes).
+
+    A CPU without a compiler keeps more: fp32 copies of the norms' inputs.
+    """
+    bucket: float = REDUCE_BUCKET
+    lazy_buffers: bool = False
+    """Memory counts when it is written (CPU), not when it is reserved."""
+    fixed: int = 0
+    """What the process takes before any tensor: libraries, device context, communication buffers."""
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one device. `host` is offloaded, on the host, for one device."""
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    """From the reduction to the optimizer's step; with accumulation all the time."""
+    buckets: float
+    """Buffers of the reduction, during backward."""
+    first_buckets: float
+    """What they hold when backward begins: on a CPU what has been written, the output matrix's gradient."""
+    activations: float
+    working: float
+    """What backward of one layer takes besides."""
+    loss_gradients: float
+    """Of hidden states and output matrix: made in the forward pass, used first in backward."""
+    logits: float
+    """One chunk of them, and the product that is added."""
+    embedding_gradient: float
+    step: float
+    """Of the optimizer, temporary."""
+    fixed: float
+    host: float = 0.0
+    accumulates: bool = False
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """What is held at each moment that may be the fullest."""
+        always = self.parameters + self.optimizer + self.fixed + (self.gradients if self.accumulates else 0)
+        new_gradients = 0 if self.accumulates else self.gradients
+        acts = self.activations + self.loss_gradients
+        return {
+            "loss": always + acts + self.logits,
+            "start of backward": always + acts + self.working + self.first_buckets,
+            "end of backward": always + new_gradients + self.buckets + self.embedding_gradient + self.working,
+            "optimizer": always + new_gradients + self.step,
+        }
+
+    @property
+    def peak(self) -> float:
+        return max(self.moments.values())
+
+    @property
+    def fullest(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Name and bytes of each part, for a table."""
+        return [
+            ("parameters", self.parameters),
+            ("optimizer state", self.optimizer),
+            ("gradients", self.gradients),
+            ("reduction buffers", self.buckets),
+            ("activations", self.activations),
+            ("layer's backward", self.working),
+            ("loss gradients", self.loss_gradients),
+            ("logits chunk", self.logits),
+            ("embedding grad.", self.embedding_gradient),
+            ("optimizer step", self.step),
+            ("fixed", self.fixed),
+        ]
+
+
+def estimate(model: ModelConfig, setup: Setup) -> Estimate:
+    """Peak memory of one device, by part."""
+    activations, working = _activations(model, setup)
+    loss_gradients, logits = _loss(model, setup)
+    return Estimate(
+        **_states(model, setup),
+        activations=activations,
+        working=working,
+        loss_gradients=loss_gradients,
+        logits=logits,
+        embedding_gradient=setup.dtype_bytes * model.vocab_size * model.dim,
+        fixed=setup.fixed,
+        accumulates=setup.gradient_accumulation_steps > 1,
+    )
+
+
+def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
+    """Parameters, gradients and optimizer state under ZeRO (arXiv 1910.02054, figure 1)."""
+    total, b, stage = model.parameter_count(), setup.dtype_bytes, setup.zero_stage
+    share = total / setup.devices
+    owned = share if stage >= 1 else total
+    buckets = _bucket_elements(total, setup)
+    # Averages over many micro steps are summed in fp32.
+    gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
+    # fp32 master weights and Adam's two moments; the step casts the gradients to fp32, and where
+    # training/deepspeed/zero_step.py does it, block after block.
+    optimizer, step, host = 12 * owned, 4 * owned, 0.0
+    lean = stage in (1, 2) and b == 2 and not setup.offload
+    if lean:
+        step = 4 * min(owned, 1 << 19 if setup.lazy_buffers else 1 << 26)
+    if setup.offload and stage >= 2:
+        host, optimizer, step, gradients = optimizer + step + gradients, 0.0, 0.0, 0.0
+    return {
+        "parameters": b * (share + min(total, LIVE_PARAMETERS) if stage == 3 else total),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "buckets": b * buckets,
+        "first_buckets": b
+        * (_bucket_elements(model.vocab_size * model.dim, setup) if setup.lazy_buffers else buckets),
+        "step": step,
+        "host": host,
+    }
+
+
+def _bucket_elements(total: int, setup: Setup) -> float:
+    """DeepSpeed fills a bucket while it sends another; ZeRO-3 sorts a bucket into a copy before sending.
+
+    An accelerator holds the buffers whole; on a CPU only what has been written takes memory.
+    """
+    filled = min(setup.bucket, total)
+    one_rank = setup.devices == 1 and setup.zero_stage < 3 and setup.dtype_bytes == 2 and not setup.offload
+    if setup.zero_stage == 0 or one_rank:  # training/deepspeed/zero_step.py: nothing to reduce
+        return 0.0
+    if setup.zero_stage == 3:
+        return 2 * filled if setup.lazy_buffers else setup.bucket + filled
+    return filled * (2 if total > setup.bucket else 1) if setup.lazy_buffers else 2 * setup.bucket
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    attention = model.dim * model.head_dim * 2 * (model.n_heads + model.kv_heads)
+    return attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
+
+
+def layer_activations(model: ModelConfig, setup: Setup) -> float:
+    """Bytes that one layer keeps for backward when it is not recomputed."""
+    b, tokens, dim = setup.dtype_bytes, setup.tokens, model.dim
+    kv_dim = model.kv_heads * model.head_dim
+    norms = 2 * (2 * b * dim + 4)  # two: input, output, and a scale in fp32
+    attention = b * (dim + 2 * kv_dim) + b * dim + 4 * model.n_heads
+    feed_forward = (3 if setup.one_pass else 4) * b * model.ffn_dim
+    kept = tokens * (norms + attention + feed_forward)
+    if not setup.one_pass:
+        kept += setup.seq_length * 8 * model.head_dim  # cosines and sines of queries and keys
+    return kept + _kept_scores(model, setup)
+
+
+def _kept_scores(model: ModelConfig, setup: Setup) -> float:
+    """What attention by blocks or in plain form keeps: probabilities, a mask for all heads, fp32 copies."""
+    if setup.attention == "fused":
+        return 0.0
+    triangle = setup.attention == "triangle"
+    width = setup.seq_length
+    if triangle:
+        width = (setup.seq_length + min(TRIANGLE_BLOCK, setup.seq_length)) / 2
+    # Softmax in fp32; the triangle of an NPU keeps it in the training dtype alone.
+    narrow = triangle and not setup.lazy_buffers
+    per_score = (setup.dtype_bytes if narrow else 4) * model.n_heads
+    kept = setup.seq_length * width * (per_score * setup.batch_size + 1)
+    if narrow:
+        repeated = 2 * model.dim if model.kv_heads < model.n_heads else 0
+        return kept + setup.dtype_bytes * setup.tokens * repeated  # keys and values, for all heads
+    if setup.dtype_bytes == 4:
+        return kept
+    return kept + 4 * setup.tokens * 3 * model.dim  # queries, keys and values, in fp32 for all heads
+
+
+def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+    """What all layers keep, and the most that one layer takes besides while it is (re)computed."""
+    b, tokens = setup.dtype_bytes, setup.tokens
+    whole = layer_activations(model, setup)
+    recomputed = min(setup.checkpointed_layers, model.n_layers)
+    kept = recomputed * b * tokens * model.dim + (model.n_layers - recomputed) * whole
+    kept += tokens * 3 * b * model.dim  # embedding, last norm
+    # Backward holds the gradients of a layer's widest part beside what it reads.
+    gradients = tokens * b * (3 * model.ffn_dim + 2 * model.dim)
+    return kept, gradients + (whole if recomputed else 0)
+
+
+def _loss(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+    """Gradients of hidden states and output matrix; a chunk of logits and the product that is added."""
+    b, vocab, dim = setup.dtype_bytes, model.vocab_size, model.dim
+    most = max(16, CHUNK_BYTES[b] // (vocab * b))
+    chunks = -(-setup.tokens // most)
+    chunk = -(-setup.tokens // chunks)
+    in_fp32 = setup.precision == "fp16" or (setup.precision == "bf16" and chunks > MAX_ROUNDINGS)
+    gradients = setup.tokens * dim * b + vocab * dim * (4 if in_fp32 else b)
+    return gradients, chunk * vocab * b + (vocab * dim * b if in_fp32 else 0)
+
+
+def bytes_sent(model: ModelConfig, setup: Setup) -> float:
+    """Bytes that each device sends in one optimizer step (ZeRO, arXiv 1910.02054, section 7).
+
+    With rings an all-reduce sends 2 P (N-1)/N elements, a reduce-scatter or an all-gather half of that.
+    Stage 0: one all-reduce; 1: reduce-scatter and all-gather; 2: in every micro step an all-reduce, for
+    DeepSpeed reduces buckets that several ranks own in that way (counted: docs/scaling.md), and one
+    all-gather; 3: in every micro step two all-gathers and a reduce-scatter.
+    """
+    once = model.parameter_count() * setup.dtype_bytes * (setup.devices - 1) / setup.devices
+    micro_steps = setup.gradient_accumulation_steps
+    return once * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
+
+
+def attention_of(asked: str, model: ModelConfig, triangle: bool) -> str:
+    """What is asked for; "auto" is the triangle where the model and the device (`triangle`) want it."""
+    if asked != "auto":
+        return asked
+    return "triangle" if triangle and model.use_triangle_attn else "fused"
+
+
+CPU_FIXED = 480 << 20
+ACCELERATOR_FIXED = 1 << 30
+"""Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
+
+
+def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool, triangle: bool = False) -> Setup:
+    """The set-up that a run's configuration asks for.
+
+    triangle: whether "auto" attention is, on this device, the triangle for a model that wants it.
+    """
+    run, model = config.run, config.model
+    if run.ckpoint_layer is None:
+        recomputed = model.checkpointed_layers
+    else:
+        recomputed = model.n_layers if run.ckpoint_layer == -1 else run.ckpoint_layer
+    zero = config.deepspeed.get("zero_optimization", {})
+    offload = zero.get("cpu_offload") or (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    return Setup(
+        devices=devices,
+        batch_size=run.batch_size,
+        seq_length=config.seq_length,
+        precision="bf16" if run.precision == "auto" else run.precision,
+        zero_stage=run.zero_stage,
+        offload=bool(offload),
+        checkpointed_layers=min(recomputed, model.n_layers),
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        attention=attention_of(run.attention, model, triangle),
+        one_pass=on_cpu,
+        bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+        lazy_buffers=on_cpu,
+        fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,
+    )

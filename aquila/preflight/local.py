@@ -1,0 +1,218 @@
+"""Every check that can be made before a rank starts, each with what to do about it."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config.run import parse_blend
+from aquila.core.errors import UserError
+from aquila.core.paths import ROOT
+from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
+from aquila.launch.hostfile import Node, read_hostfile
+from aquila.launch.node_probe import existing_parent
+from aquila.launch.nodes import find_this_node
+from aquila.planning.memory import GIB, estimate, setup_of
+
+PASS, WARN, FAIL = "pass", "warn", "fail"
+
+
+class Finding(NamedTuple):
+    """A row of the preflight table."""
+
+    check: str
+    state: str
+    detail: str
+
+
+class Warned(Exception):  # noqa: N818 - not an error
+    """A check's way to say: this works, but look."""
+
+
+@dataclass
+class Checked:
+    """What the checks found, and what they read on the way."""
+
+    findings: list[Finding] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    here: Node | None = None
+    devices: dict[str, Any] | None = None
+    config: EffectiveConfig | None = None
+
+    def run(self, name: str, check: Callable[[], str]) -> bool:
+        """Runs one check and notes its outcome; the rest goes on whatever it is."""
+        try:
+            self.findings.append(Finding(name, PASS, check()))
+        except Warned as warning:
+            self.findings.append(Finding(name, WARN, str(warning)))
+        except UserError as error:
+            self.findings.append(Finding(name, FAIL, str(error)))
+            return False
+        return True
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.state == FAIL]
+
+    def soften(self, keep: set[str]) -> None:
+        """Failures of other checks than `keep` become warnings."""
+        self.findings = [
+            finding._replace(state=WARN) if finding.state == FAIL and finding.check not in keep else finding
+            for finding in self.findings
+        ]
+
+    def raise_failures(self) -> None:
+        """Raises one `UserError` with every failure."""
+        if self.failures:
+            raise UserError("\n  ".join(finding.detail for finding in self.failures))
+
+
+def check_run(
+    hostfile: Path, config: str, model: str, overrides: list[str], *, local: bool, root: Path = ROOT
+) -> Checked:
+    """The checks that need no other node. Starts nothing and writes nothing."""
+    checked = Checked()
+    with ThreadPoolExecutor(1) as background:
+        probing = background.submit(probe_devices)
+        if checked.run("hostfile", lambda: _hostfile(checked, hostfile)) and local:
+            checked.run("this node", lambda: _this_node(checked, hostfile))
+        checked.run("devices", lambda: _devices(checked, probing.result()))
+    if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
+        checked.run("weights", lambda: _weights(checked.config))
+        checked.run("tokenizer and data", lambda: _data(checked.config, root))
+        if checked.devices and checked.nodes:
+            checked.run("memory", lambda: _memory(checked))
+        if local:
+            checked.run("disk space", lambda: _room(checked.config, root))
+    return checked
+
+
+def _hostfile(checked: Checked, path: Path) -> str:
+    checked.nodes = read_hostfile(path)
+    total = sum(node.slots for node in checked.nodes)
+    return f"{len(checked.nodes)} node(s), {total} slot(s)"
+
+
+def _this_node(checked: Checked, path: Path) -> str:
+    checked.here = find_this_node(checked.nodes, str(path))
+    return f"{checked.here.host}, line {checked.here.line}"
+
+
+def _devices(checked: Checked, devices: dict[str, Any]) -> str:
+    checked.devices = devices
+    unit = "core(s)" if devices["device"] == "cpu" else "device(s)"
+    if checked.here and checked.here.slots > devices["count"]:
+        raise UserError(
+            f"line {checked.here.line} of the hostfile gives {checked.here.host} "
+            f"slots={checked.here.slots}, but it has {devices['count']} {unit} "
+            f"({devices['device']}: {devices['name']}); write slots={devices['count']} or fewer"
+        )
+    if problems := mismatches(devices):
+        raise UserError("\n  ".join(problems))
+    return f"{devices['count']} {unit}, {devices['device']}: {devices['name']}"
+
+
+def _configuration(checked: Checked, config: str, model: str, overrides: list[str], root: Path) -> str:
+    device = None
+    if checked.devices:
+        found = checked.devices
+        device = Device(found["device"], tuple(found["precisions"]), found["fp8"])
+    checked.config = load_run_config(config, model, overrides, device=device, root=root)
+    return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
+
+
+def _memory(checked: Checked) -> str:
+    """The estimate of `memory.py` against the smallest share that a rank of this node gets."""
+    config, devices = checked.config, checked.devices
+    nodes = [checked.here] if checked.here else checked.nodes
+    on_cpu = devices["device"] == "cpu"
+    share = devices["memory"] / (max(node.slots for node in nodes) if on_cpu else 1)
+    slots = sum(node.slots for node in nodes)
+    setup = setup_of(config, slots, on_cpu, devices.get("triangle", False))
+    needed = estimate(config.model, setup)
+    text = f"about {needed.peak / GIB:.1f} GiB needed ({needed.fullest}), {share / GIB:.1f} GiB a rank"
+    if needed.peak > share:
+        plan = f"aquila.plan {config.model_dir.name} --devices {setup.devices} --memory {share / GIB:.0f}GiB"
+        raise UserError(
+            f"{text}: it will not fit; lower batch_size, raise ckpoint_layer or zero_stage (python -m {plan} "
+            "proposes), or take --no-preflight if you know better"
+        )
+    if needed.peak > 0.9 * share:
+        raise Warned(f"{text}: close")
+    return text
+
+
+def checkpoint_bytes(config: EffectiveConfig) -> int:
+    """Size of the checkpoints that a run keeps, and of one more that is being written.
+
+    A checkpoint: weights in the training dtype, and in fp32 master weights and Adam's two moments.
+    """
+    weights = 4 if config.run.precision == "fp32" else 2
+    one = config.model.parameter_count() * (weights + (12 if config.run.save_optim else 0))
+    return one * (max(1, config.run.keep_checkpoints) + 1)
+
+
+def _room(config: EffectiveConfig, root: Path) -> str:
+    place = existing_parent(root / "checkpoints_out")
+    return check_room(
+        place, shutil.disk_usage(place).free, os.access(place, os.W_OK), checkpoint_bytes(config)
+    )
+
+
+def check_room(place: Path, free: int, writable: bool, needed: int) -> str:
+    """Raises `UserError` when the checkpoints cannot be written to `place`."""
+    if not writable:
+        raise UserError(f"{place} cannot be written by this user; checkpoints go there")
+    text = f"{free / 1e9:,.1f} GB free under {place}, {needed / 1e9:,.1f} GB needed for checkpoints"
+    if free < needed:
+        raise UserError(f"{text}; make room, or lower keep_checkpoints")
+    return text
+
+
+def small_paths(config: EffectiveConfig) -> list[Path]:
+    """What every node must have alike, and is copied where it is not: configuration and model folder."""
+    places = (config.config_path, config.deepspeed_path, config.model_dir)
+    return [path.resolve() for path in places if path is not None]
+
+
+def data_paths(config: EffectiveConfig, root: Path) -> list[Path]:
+    """What every node must have alike, and is too large to be copied."""
+    prefixes, _ = parse_blend(config.run.data_prefix)
+    return [Path(f"{root / prefix}{end}") for prefix in prefixes for end in (".idx", ".bin")]
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files of a model folder that hold weights."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    return sorted(path for pattern in patterns for path in model_dir.glob(pattern))
+
+
+def _weights(config: EffectiveConfig) -> str:
+    if not config.run.bmt_pre_load:
+        return "from scratch (bmt_pre_load: False)"
+    files = weight_files(config.model_dir)
+    if not files:
+        raise UserError(
+            f"bmt_pre_load is True ({config.sources['bmt_pre_load']}), but {config.model_dir} holds no "
+            "weights (pytorch_model.bin or *.safetensors); put them there, or train from scratch with "
+            "bmt_pre_load=False"
+        )
+    empty = [path.name for path in files if path.stat().st_size == 0]
+    if empty:
+        raise UserError(f"{config.model_dir}: {', '.join(empty)} is empty; download it again")
+    parameters = probe_weights(config.model_dir)
+    return f"{', '.join(path.name for path in files)}: {parameters:,} parameters, as config.json says"
+
+
+def _data(config: EffectiveConfig, root: Path) -> str:
+    from aquila.data.meta import check_datasets
+
+    prefixes, _ = parse_blend(config.run.data_prefix)
+    notes = check_datasets([root / prefix for prefix in prefixes], config.model_dir, config.model.vocab_size)
+    if notes:
+        raise Warned("; ".join(notes))
+    return f"{len(prefixes)} dataset(s) made with this tokenizer"

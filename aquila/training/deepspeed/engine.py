@@ -1,0 +1,332 @@
+"""The model under DeepSpeed: processes, mixed precision, ZeRO, accumulation, clipping, the step.
+
+The only importer of DeepSpeed. Everything else speaks to `Engine`.
+"""
+
+import logging
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from aquila.config import EffectiveConfig
+from aquila.core.errors import UserError
+from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
+from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.zero_step import make_lean
+from aquila.training.nonfinite import GradientCheck
+
+Result = TypeVar("Result")
+SHARDS = "deepspeed"
+"""Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
+
+
+class MicroBatch(Protocol):
+    """What one micro step takes: int64 and float32 tensors of shape (micro batch, sequence)."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    documents: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, the same on every rank.
+
+    loss: mean over ranks and micro steps. grad_norm: before clipping. skipped: the optimizer did
+    not step because something was not finite, or the loss was a spike. rank_losses and
+    forward_seconds: (world size,), to find who it was. bad_gradient_ranks: whose own gradients were not
+    finite. notices: for each notice given, whether any rank gave it, and whether all did.
+    """
+
+    loss: float
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+    spike: bool
+    rank_losses: list[float]
+    forward_seconds: list[float]
+    bad_gradient_ranks: list[int]
+    any_notice: list[bool]
+    all_notice: list[bool]
+
+
+@contextmanager
+def processes(communication: str, device: torch.device) -> Iterator[tuple[int, int]]:
+    """The process group of this run, as (rank, world size); destroyed at the end.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without
+    them this process is a world of one.
+    """
+    # Said outright, for DeepSpeed otherwise guesses, and falls back to CPU without a word.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    quiet_libraries()
+    import deepspeed
+
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory collective that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=communication, auto_mpi_discovery=False, verbose=False)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_first_rank(function: Callable[[], Result]) -> Result:
+    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def quiet_libraries() -> None:
+    """Leaves errors of DeepSpeed, and drops its running commentary."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _one_zero_optimizer() -> Iterator[None]:
+    """One class for ZeRO-1 and ZeRO-2: for ZeRO-1 with bf16 summed in fp32 DeepSpeed would take another,
+    which has neither a loss scale nor steps that are skipped."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: "zero_optimization"
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+class Engine:
+    """A model that trains: forward, backward, reduction, clipping and step, on all ranks together.
+
+    universal: the shards to load were written by another number of ranks, ZeRO stage or precision.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        effective: EffectiveConfig,
+        world_size: int,
+        *,
+        universal: bool = False,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        config = deepspeed_config(effective)
+        if universal:
+            config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
+        self.model = model
+        self.world_size = world_size
+        self._stage = effective.run.zero_stage
+        with _one_zero_optimizer():
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        self._gradients = GradientCheck(self.device)
+        seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
+        if world_size > 1 and not seen:
+            self._gradients.watch(model.parameters())
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
+
+    @property
+    def loss_scale(self) -> float:
+        """Of the next step; 1 without fp16."""
+        return float(self._engine.optimizer.loss_scale)
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def train_step(
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        *,
+        notices: Sequence[bool] = (),
+        spike_above: float | None = None,
+    ) -> StepResult:
+        """One optimizer step over `batches`, one micro step each; DeepSpeed averages over them.
+
+        notices: flags that travel with the losses, so that all ranks act on them at the same step.
+        spike_above: skip the step, on all ranks, when the mean loss is above this.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        scale = self.loss_scale  # of this step; the step itself may change it
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        forward_seconds, spike = 0.0, False
+        self._gradients.start()
+        for number, batch in enumerate(batches, start=1):
+            started = time.perf_counter()
+            loss = self._loss(self._engine, batch)
+            total += loss.detach()
+            forward_seconds += time.perf_counter() - started
+            if spike_above is not None and number == len(batches):
+                (losses,) = self.gather(total / len(batches))
+                spike = sum(losses) / self.world_size > spike_above
+            # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
+            self._engine.backward(loss * float("inf") if spike else loss)
+            self._engine.step()
+        values = total / len(batches), self._gradients.total, forward_seconds
+        losses, gradients, seconds, *flags = self.gather(*values, *notices)
+        norm = self._engine.get_global_grad_norm()
+        skipped = bool(self._engine.optimizer.overflow)
+        if self.world_size == 1:  # nobody to tell apart, and nobody looked
+            gradients = [math.nan if skipped else 0.0]
+        return StepResult(
+            loss=sum(losses) / self.world_size,
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            loss_scale=scale,
+            skipped=skipped,
+            spike=spike,
+            rank_losses=losses,
+            forward_seconds=seconds,
+            bad_gradient_ranks=[rank for rank, value in enumerate(gradients) if not math.isfinite(value)],
+            any_notice=[any(column) for column in flags],
+            all_notice=[all(column) for column in flags],
+        )
+
+    @staticmethod
+    def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
+        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
+        total, count = 0.0, 0.0
+        self.model.eval()
+        for batch in batches:
+            counted = batch.loss_mask.sum().item()
+            total += self._loss(self.model, batch).item() * counted
+            count += counted
+        self.model.train()
+        totals, counts = self.gather(total, count)
+        return sum(totals) / sum(counts) if sum(counts) else None
+
+    def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
+        """For each value the list of what the ranks gave, in rank order."""
+        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        # As pairs of int32: every communication library sends those, and not every one fp64.
+        bits = row.view(torch.int32).to(self.device)
+        table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
+        dist.all_gather_into_tensor(table, bits)
+        return table.cpu().view(torch.float64).view(self.world_size, len(values)).t().tolist()
+
+    def diverged_ranks(self) -> list[int]:
+        """Ranks whose weights are not, bit for bit, the majority's; none under ZeRO-3, which divides them."""
+        if self._stage == 3:
+            return []
+        integer = {2: torch.int16, 4: torch.int32}
+        sums = [
+            p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64) for p in self.model.parameters()
+        ]
+        # Weighted by place, so that two changes do not cancel; wraps around like any checksum.
+        weighted = sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % (1 << 52)
+        (checksums,) = self.gather(float(weighted))
+        common = max(set(checksums), key=checksums.count)
+        return [rank for rank, checksum in enumerate(checksums) if checksum != common]
+
+    def snapshot_shards(self, folder: Path) -> list[Snapshot]:
+        """This rank's share of master weights and optimizer state, as copies in host memory to be written
+        below `folder`/deepspeed. All ranks together."""
+        taken: list[Snapshot] = []
+        writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
+        self._engine.checkpoint_engine = Taker(taken)
+        # The weights are saved beside, as a model folder that any tool reads; not a second time here.
+        self._engine.module_state_dict = lambda **options: {}
+        self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder
+        try:
+            self._engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = writer
+            self._engine.module_state_dict = module_state
+        return taken
+
+    def load_shards(self, folder: Path) -> None:
+        """Takes back what `snapshot_shards` of the same set-up gave, or what `make_universal` made of it.
+
+        Raises `UserError`.
+        """
+        groups = self._engine.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
+        for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        # And one and the same step counter, which every parameter's update would then advance.
+        for entry in self._engine.optimizer.optimizer.state.values():
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"] = entry["step"].clone()
+        if path is None:
+            raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights in the training dtype; with ZeRO-3 on rank 0 alone, elsewhere nothing."""
+        if self._stage < 3:
+            return dict(self.model.state_dict())
+        return self._engine._zero3_consolidated_16bit_state_dict() or {}
+
+
+def make_universal(shards: Path, folder: Path) -> None:
+    """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
+
+    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    """
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        "--input_folder", str(shards), "--output_folder", str(folder),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
+    if not list(folder.glob("*mp_rank_00_model_states.pt")):
+        facts = next(shards.glob("*mp_rank_00_model_states.pt"))
+        shutil.copyfile(facts, folder / facts.name)

@@ -1,0 +1,164 @@
+"""The recipe on a simulated NPU (tests/npu_simulator/): its runs are, loss by loss, those of the CPU."""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.launch_helpers import ROOT, environment
+from tests.integration.training_runs import exact, make_project, metrics
+from tests.npu_simulator import cann
+
+RUNS = Path(cann.__file__).with_name("runs.py")
+SHORT = ("train_iters=3", "eval_interval=2", "save_interval=100", "gradient_accumulation_steps=1")
+PACKED = "document_mask=True"
+SELECTIVE = "recompute=selective"
+TRIANGLE = "attention=triangle"
+FP32 = "precision=fp32"
+ONE_RANK = {
+    "one-zero2": (FP32, "zero_stage=2", TRIANGLE, SELECTIVE, "gradient_accumulation_steps=2"),
+    "one-fp16": ("precision=fp16", PACKED, "attention=fused", "bmt_loss_scale=128"),
+}
+TWO_RANKS = {
+    "two-zero1": (FP32, "zero_stage=1", TRIANGLE, PACKED),
+    "two-zero3": (FP32, "zero_stage=3", PACKED, "attention=fused", SELECTIVE),
+    "two-bf16": ("precision=bf16", "zero_stage=2", "attention=fused", "gradient_accumulation_steps=2"),
+}
+MORE_ON_ONE_RANK = {
+    "one-zero1": (FP32, "zero_stage=1", "attention=fused"),
+    "one-zero3": (FP32, "zero_stage=3", PACKED, TRIANGLE),
+    "one-bf16": ("precision=bf16", PACKED, SELECTIVE, "attention=fused"),
+    "one-triangle16": ("precision=fp16", TRIANGLE, "bmt_loss_scale=128"),
+}
+MORE_ON_TWO_RANKS = {
+    "two-zero2": (FP32, "zero_stage=2", "attention=fused", "gradient_accumulation_steps=2"),
+    "two-export": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    if lack := cann.missing():
+        pytest.skip(lack)
+    return make_project(tmp_path_factory.mktemp("simulated"))
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> dict[str, str]:
+    """Environment variables of a machine with two NPUs."""
+    return cann.build(tmp_path_factory.mktemp("npu"), npus=2)
+
+
+def free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("localhost", 0))
+        return [str(one.getsockname()[1]) for one in taken]
+
+
+def start(project: Path, commands: list[list[str]], ranks: int, variables: dict[str, str]) -> list[Any]:
+    """Ranks that run the commands one after the other."""
+    ports = free_ports(len(commands))
+    started = []
+    for rank in range(ranks):
+        output = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "localhost"}
+        path = f"{project}:{variables.get('PYTHONPATH', '')}"
+        variables_of_rank = {**{key: str(value) for key, value in own.items()}, "PYTHONPATH": path}
+        process = subprocess.Popen(
+            [sys.executable, str(RUNS), json.dumps(commands), *ports],
+            cwd=project, stdout=output, stderr=subprocess.STDOUT,
+            env={**environment(project), "OMP_NUM_THREADS": "1", **variables, **variables_of_rank},
+        )  # fmt: skip
+        process.printed = output
+        started.append(process)
+    return started
+
+
+def finish(processes: list[Any]) -> str:
+    """What the first rank printed, once all have ended without a fault."""
+    for process in processes:
+        try:
+            process.wait(300)
+        except subprocess.TimeoutExpired:
+            for one in processes:
+                one.kill()
+            raise
+    texts = []
+    for process in processes:
+        process.printed.seek(0)
+        texts.append(process.printed.read())
+        assert process.returncode == 0, texts[-1][-5000:]
+    return texts[0]
+
+
+def pretrain(experiment: str, options: Sequence[str]) -> list[str]:
+    return ["pretrain", "run.yaml", "small", experiment, *SHORT, *options]
+
+
+def on_both(
+    project: Path, simulated: dict[str, str], runs: dict[str, Sequence[str]], ranks: int, *more: list[str]
+) -> tuple[str, str]:
+    """The runs on CPU ranks (cpu-..., fp16 as fp32) and on simulated NPUs (npu-...), side by side.
+
+    `more` commands follow, with {device} for npu or cpu. Returns what each side's first rank printed.
+    """
+    sides = {}
+    for device, variables in (("npu", simulated), ("cpu", {})):
+        commands = []
+        for name, options in runs.items():
+            kept = [FP32 if device == "cpu" and "fp16" in option else option for option in options]
+            commands.append(pretrain(f"{device}-{name}", kept))
+        commands += [[word.replace("{device}", device) for word in command] for command in more]
+        sides[device] = start(project, commands, ranks, variables)
+    cpu = finish(sides["cpu"])
+    npu = finish(sides["npu"])
+    assert "Ascend910B3" in npu
+    return npu, cpu
+
+
+def assert_same_losses(project: Path, name: str) -> None:
+    """To 1e-6 in fp32; in half precision to what its rounding leaves."""
+    npu, cpu = metrics(project, f"npu-{name}"), metrics(project, f"cpu-{name}")
+    assert [record["step"] for record in npu] == [1, 2, 3] == [record["step"] for record in cpu]
+    tolerance = 1e-6 if "16" not in name else 2e-3
+    for key in ("loss", "valid_loss"):
+        ours = [record[key] for record in npu if key in record]
+        assert ours == pytest.approx([record[key] for record in cpu if key in record], rel=tolerance), name
+        assert ours
+
+
+def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: dict[str, str]) -> None:
+    stopped = pretrain("{device}-stopped", (*ONE_RANK["one-zero2"], "exit_interval=2"))
+    run = "checkpoints_out/{device}-one-zero2/0"
+    generate = [str(ROOT / "generate.py"), "--model-dir", run, "--prompt", "On Friday", "--json"]
+    generate += ["--max-new-tokens", "6", "--temperature", "0", "--dtype", "fp32"]
+    npu, cpu = on_both(project, simulated, ONE_RANK, 1, stopped, stopped, generate)
+    for name in ONE_RANK:
+        assert_same_losses(project, name)
+    assert "resumes at step 2" in npu
+    assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
+    answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "runs"),
+    [
+        pytest.param(2, TWO_RANKS, id="two ranks"),
+        pytest.param(1, MORE_ON_ONE_RANK, id="more on one rank", marks=pytest.mark.slow),
+        pytest.param(2, MORE_ON_TWO_RANKS, id="more on two ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_the_cpus(project: Path, simulated: dict[str, str], ranks: int, runs: dict) -> None:
+    on_both(project, simulated, runs, ranks)
+    for name in runs:
+        assert_same_losses(project, name)

@@ -1,0 +1,126 @@
+"""Protects: the memory estimate against autograd's own account, and ZeRO's arithmetic."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aquila.config import ModelConfig
+from aquila.model import AquilaModel, loss
+from aquila.planning import memory
+from aquila.planning.memory import Setup, bytes_sent, estimate, layer_activations
+
+MODEL = ModelConfig(dim=128, n_layers=2, n_heads=4, multiple_of=32, vocab_size=500, max_seq_len=96)
+SEVEN_B = ModelConfig(dim=4096, n_layers=32, n_heads=32, multiple_of=256, vocab_size=100008)
+
+
+def saved_bytes(model: AquilaModel, batch_size: int, seq_length: int) -> int:
+    """Bytes that autograd keeps for backward, parameters left out, every storage once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in parameters:
+            kept[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(torch.zeros(batch_size, seq_length, dtype=torch.long))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_activations_of_a_layer_are_what_autograd_keeps(precision: str, kv_heads: int) -> None:
+    config = MODEL.model_copy(update={"n_kv_heads": kv_heads})
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    layers = {
+        n: saved_bytes(AquilaModel(config.model_copy(update={"n_layers": n}), dtype=dtype), 3, 96)
+        for n in (1, 2)
+    }
+    setup = Setup(devices=1, batch_size=3, seq_length=96, precision=precision, one_pass=True)
+    assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["triangle", "reference"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: int) -> None:
+    config = MODEL.model_copy(update={"n_kv_heads": kv_heads, "max_seq_len": 1024})
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    layers = {
+        n: saved_bytes(
+            AquilaModel(config.model_copy(update={"n_layers": n}), dtype=dtype, attention=kind), 2, 1024
+        )
+        for n in (1, 2)
+    }
+    setup = Setup(
+        devices=1,
+        batch_size=2,
+        seq_length=1024,
+        precision=precision,
+        one_pass=True,
+        attention=kind,
+        lazy_buffers=True,
+    )
+    assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.05)
+
+
+def test_an_npu_s_triangle_counts_where_the_model_wants_it() -> None:
+    """There "auto" is the triangle, whose probabilities are kept: a third of Aquila-7B's activations."""
+    wants = SEVEN_B.model_copy(update={"use_triangle_attn": True})
+    assert memory.attention_of("auto", wants, triangle=True) == "triangle"
+    assert memory.attention_of("auto", wants, triangle=False) == "fused"
+    assert memory.attention_of("auto", SEVEN_B, triangle=True) == "fused"
+    assert memory.attention_of("fused", wants, triangle=True) == "fused"
+    setup = Setup(devices=8, batch_size=1, seq_length=2048, attention="triangle")
+    more = layer_activations(SEVEN_B, setup) - layer_activations(SEVEN_B, replace(setup, attention="fused"))
+    assert more == pytest.approx(2 * 32 * 2048 * (2048 + 512) / 2, rel=0.02)
+
+
+def test_the_loss_chunk_is_the_model_s() -> None:
+    assert memory.CHUNK_BYTES.items() <= loss.CHUNK_BYTES.items()
+    assert memory.MAX_ROUNDINGS == loss.MAX_ROUNDINGS
+
+
+def test_states_under_zero() -> None:
+    """Sixteen bytes a parameter, divided as the ZeRO paper's figure 1 says."""
+    total = SEVEN_B.parameter_count()
+    assert total == 7_295_537_152
+    setup = Setup(devices=64, batch_size=1, seq_length=2048)
+
+    def states(stage: int) -> float:
+        found = estimate(SEVEN_B, replace(setup, zero_stage=stage))
+        return found.parameters + found.gradients + found.optimizer
+
+    assert states(0) == 16 * total
+    assert states(1) == 4 * total + 12 * total / 64
+    assert states(2) == 2 * total + 14 * total / 64
+    assert states(3) == 16 * total / 64 + 2 * memory.LIVE_PARAMETERS
+
+
+def test_offload_moves_the_optimizer_to_the_host() -> None:
+    setup = Setup(devices=8, batch_size=1, seq_length=2048)
+    here, away = estimate(SEVEN_B, setup), estimate(SEVEN_B, replace(setup, offload=True))
+    assert (away.optimizer, away.gradients) == (0, 0)
+    assert away.host >= here.optimizer
+    assert away.peak < here.peak
+
+
+def test_recomputing_layers_lowers_the_peak_and_more_tokens_raise_it() -> None:
+    setup = Setup(devices=8, batch_size=2, seq_length=2048)
+    peaks = [estimate(SEVEN_B, replace(setup, checkpointed_layers=n)).peak for n in (0, 8, 26, 32)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert estimate(SEVEN_B, replace(setup, batch_size=4)).peak > peaks[0]
+
+
+def test_traffic() -> None:
+    """ZeRO paper, section 7, but for stage 2, where DeepSpeed all-reduces in every micro step."""
+    setup = Setup(devices=4, batch_size=1, seq_length=8)
+    once = MODEL.parameter_count() * 2 * 3 / 4
+    sent = [bytes_sent(MODEL, replace(setup, zero_stage=stage)) for stage in range(4)]
+    assert sent == [2 * once, 2 * once, 3 * once, 3 * once]
+    accumulated = replace(setup, zero_stage=2, gradient_accumulation_steps=8)
+    assert bytes_sent(MODEL, accumulated) == 17 * once
+    assert bytes_sent(MODEL, replace(setup, devices=1)) == 0
