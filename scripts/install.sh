@@ -172,8 +172,10 @@ install_dev() {
     echo "installing what the tests need"
     "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/extras.txt" -r "$LISTS/dev.txt"
     # The vendor's wheel, for tests of its schemas without a device. Beside the packages, never among them:
-    # torch would load it by itself and fail for want of CANN. Where there is no wheel those tests skip.
-    if [ "$device" != npu ] && [ ${#from[@]} = 0 ]; then
+    # torch would load it by itself and fail for want of CANN. Where there is no wheel those tests skip; so
+    # they do with a CUDA build of torch, in which torch_npu does not load.
+    if [ "$device" != npu ] && [ ${#from[@]} = 0 ] &&
+        "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
         "${pip[@]}" install -qq --no-deps --upgrade --target "$VENV/npu-test" -r "$LISTS/npu.txt" ||
             echo "no torch_npu wheel for this Python and platform: the tests that read it will skip"
     fi

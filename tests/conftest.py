@@ -22,3 +22,27 @@ def shared_dir() -> Path:
             "the folder ../shared with the original's tokenizer, corpora and golden numbers is absent"
         )
     return folder
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """Kernels on AMX tiles: the processor's own, else emulated in plain C++ from the same source."""
+    from aquila.backend.cpu_kernels import amx, gemv
+
+    if amx.available():
+        yield
+        return
+    monkeypatch.setenv("AQUILA_EMULATE_AMX", "1")
+    caches = gemv._tile_rows, gemv._kernels
+    try:
+        amx.forget()
+        for cache in caches:
+            cache.cache_clear()
+        if not amx.available():
+            pytest.skip("no C++ compiler, or a processor without AVX-512 and its bf16 instructions")
+        yield
+    finally:
+        monkeypatch.undo()
+        amx.forget()
+        for cache in caches:
+            cache.cache_clear()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from aquila.backend import common, reference
+from aquila.backend.cpu_kernels import amx, fused_ops, gemv
 from aquila.backend.cpu_kernels import cross_entropy as cross_entropy_kernel
-from aquila.backend.cpu_kernels import fused_ops, gemv
 from aquila.backend.cpu_kernels.amx import attention as amx_attention
 from aquila.backend.cpu_kernels.amx import linear as amx_linear
 from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
@@ -186,11 +186,11 @@ def kernels() -> dict[str, str]:
     row_wise = "compiled, in one pass" if fused_ops.available() else "torch"
     by_rows = "compiled, a row at a time" if cross_entropy_kernel.available() else "blocked, in cache"
     return {
-        "attention": "flash on matrix tiles" if amx_attention.available() else "torch SDPA (flash for CPU)",
+        "attention": "flash on matrix tiles" if amx.available() else "torch SDPA (flash for CPU)",
         "rms_norm": row_wise,
         "rotary": row_wise,
         "swiglu": row_wise,
-        "linear": "on matrix tiles" if amx_linear.available() else "torch",
-        "cross_entropy": "whole, on matrix tiles" if amx_linear_cross_entropy.available() else by_rows,
+        "linear": "on matrix tiles" if amx.available() else "torch",
+        "cross_entropy": "whole, on matrix tiles" if amx.available() else by_rows,
         "optimizer": "AdamW, " + row_wise,
     }

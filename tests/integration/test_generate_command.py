@@ -181,15 +181,21 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run, root, tmp_path):
     assert "900" in messages
 
 
-def test_start_takes_under_three_seconds(root):
+def test_start_loads_nothing_that_generation_does_not_need(root):
     """Everything before the weights: a user who mistypes a path, or waits, should not wait for imports."""
     code = (
-        "import time; start = time.perf_counter(); import generate\n"
-        "import aquila.generation.load, aquila.generation.batch, aquila.generation.terminal\n"
-        "print(time.perf_counter() - start)"
+        "import sys, generate, aquila.generation.load, aquila.generation.batch, aquila.generation.terminal\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
-    seconds = min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root, check=True).stdout)
-        for _ in range(2)
-    )
-    assert seconds < 3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    slow = {
+        "deepspeed",
+        "megatron",
+        "transformers",
+        "torchao",
+        "matplotlib",
+        "tensorboard",
+        "fastapi",
+        "wandb",
+    }
+    assert slow & set(done.stdout.split()) == set()

@@ -60,7 +60,7 @@ def find_wheel() -> Path | None:
 def missing() -> str | None:
     """What this machine lacks to build a simulated NPU, or None."""
     if find_wheel() is None:
-        return "torch_npu is not installed beside the environment (scripts/install.sh --dev does it)"
+        return "no torch_npu beside the environment (install.sh --dev brings it for a CPU build of torch)"
     for names in (("cc", "gcc", "g++"), ("nm",)):
         if not any(shutil.which(name) for name in names):
             return f"none of {', '.join(names)} is installed"

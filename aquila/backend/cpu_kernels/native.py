@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -28,13 +29,34 @@ def library(source: str) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(FOLDER / source)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        _report(error)
         return None
+
+
+@lru_cache(maxsize=1)
+def _once() -> None:
+    """Remembers that the message was printed."""
+
+
+def _report(error: Exception) -> None:
+    """One line on stderr a process: without compiled kernels torch computes the same, more slowly."""
+    if _once.cache_info().currsize:
+        return
+    _once()
+    lines = getattr(error, "stderr", None) or b""
+    reason = next((line for line in lines.decode(errors="replace").splitlines() if "error" in line), error)
+    print(
+        f"warning: the CPU kernels could not be compiled, torch computes the same more slowly: {reason}",
+        file=sys.stderr,
+    )
 
 
 def _built(source: Path) -> Path:
     """The compiled library: from the cache, or compiled into it. Raises `OSError`, `SubprocessError`."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
+    if os.environ.get("AQUILA_EMULATE_AMX") == "1":
+        command.append("-DEMULATED_AMX")
     key = hashlib.sha256()
     # A home may be shared by machines of different processors.
     headers = b"".join(header.read_bytes() for header in sorted(FOLDER.rglob("*.h")))

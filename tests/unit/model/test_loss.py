@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
 from aquila.model.loss import chunk_tokens, cross_entropy
 
 TOKENS, DIM, VOCAB = 50, 24, 333
@@ -158,9 +157,7 @@ def test_shapes_that_do_not_belong_together_are_named():
         cross_entropy(hidden, weight, labels[1:])
 
 
-@pytest.mark.skipif(
-    not amx_linear_cross_entropy.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
-)
+@pytest.mark.usefixtures("amx")
 def test_a_kernel_for_the_whole_of_it_is_used_and_holds_no_logits(memory_meter):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 32, generator=g).bfloat16().requires_grad_()

@@ -4,7 +4,7 @@
 // columns, in which two neighbours in k lie together, `[k / 2][16][2]`. Sums are in fp32.
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__linux__) && (defined(__AMX_BF16__) || defined(EMULATED_AMX))
 #define TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -16,10 +16,15 @@
 #endif
 
 #include "../bf16.h"
+#if defined(TILES) && defined(EMULATED_AMX)
+#include "emulated.h"
+#endif
 
 namespace {
 
-#if defined(TILES)
+#if defined(TILES) && defined(EMULATED_AMX)
+bool tiles_allowed() { return true; }
+#elif defined(TILES)
 bool tiles_allowed() {
     static const bool allowed = [] {
         constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -27,6 +32,11 @@ bool tiles_allowed() {
     }();
     return allowed;
 }
+#else
+bool tiles_allowed() { return false; }
+#endif
+
+#if defined(TILES)
 
 // Tiles of 16 rows by 64 bytes, for as long as it lives, in the thread that made it.
 class Tiles {
@@ -255,8 +265,6 @@ inline __m512 power_of_two(__m512 x) {
 inline __m512 widened(const bf16* x) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
 }
-#else
-bool tiles_allowed() { return false; }
 #endif
 
 }  // namespace

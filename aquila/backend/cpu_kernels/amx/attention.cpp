@@ -265,7 +265,7 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
 }  // namespace
 
 extern "C" {
-int attention_available() { return tiles_allowed(); }
+int amx_available() { return tiles_allowed(); }
 
 // dim: a multiple of 32. lse: fp32 (batch, heads, queries), the logarithm of each softmax's sum.
 void attention_forward(const Shape* s, const void* q, const void* k, const void* v, void* out, float* lse) {

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from aquila.backend.cpu_kernels import native
+from aquila.backend.cpu_kernels import amx, native
 
 
 class _Shape(ctypes.Structure):
@@ -22,22 +22,10 @@ class _Shape(ctypes.Structure):
     ]
 
 
-_found: bool | None = None
-
-
-def available() -> bool:
-    """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
-    global _found
-    if _found is None and not torch.compiler.is_compiling():  # a tracer could not follow; it finds the answer
-        library = native.library("amx/attention.cpp")
-        _found = library is not None and bool(library.attention_available())
-    return bool(_found)
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these: bf16, more than one query, heads of a multiple of 32."""
     alike = all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
-    return alike and q.shape[1] > 1 and q.shape[-1] % 32 == 0 and available()
+    return alike and q.shape[1] > 1 and q.shape[-1] % 32 == 0 and amx.available()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, start: int) -> Tensor:

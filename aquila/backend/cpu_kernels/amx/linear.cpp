@@ -121,7 +121,7 @@ void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens,
 }  // namespace
 
 extern "C" {
-int products_available() { return tiles_allowed(); }
+int amx_available() { return tiles_allowed(); }
 
 // out (rows, n) = x (rows, k) b, rows x_row elements apart; b is w (k, n) or, `turned`, the transpose of w (n, k).
 // n and k: multiples of 32.

@@ -10,22 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aquila.backend import reference
-from aquila.backend.cpu_kernels import native
+from aquila.backend.cpu_kernels import amx, native
 
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-
-
-def available() -> bool:
-    """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
-    library = native.library("amx/linear.cpp")
-    return library is not None and bool(library.products_available())
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """As `reference.linear`."""
     tiles = weight.dtype == torch.bfloat16 == x.dtype and weight.requires_grad and torch.is_grad_enabled()
     whole = weight.shape[0] % 32 == weight.shape[1] % 32 == 0 and x.numel() > 0
-    if tiles and whole and not torch.compiler.is_compiling() and available():
+    if tiles and whole and not torch.compiler.is_compiling() and amx.available():
         return _Linear.apply(x, weight)
     return reference.linear(x, weight)
 
@@ -70,7 +64,7 @@ def add(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
         torch.float32,
     )
     dense = out.is_contiguous() and slope.stride(1) == 1 and x.shape[0] > 0 and x.shape[1] % 32 == 0
-    if not (narrow and dense and available()):
+    if not (narrow and dense and amx.available()):
         return reference.add_weight_gradient(out, slope, x, beta)
     x = x.contiguous()
     kernel = native.library("amx/linear.cpp").weight_gradient

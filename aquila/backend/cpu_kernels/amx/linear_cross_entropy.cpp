@@ -294,7 +294,7 @@ void backward(const Loss& s, const bf16* hidden, const bf16* weight, const int64
 }  // namespace
 
 extern "C" {
-int loss_available() { return tiles_allowed(); }
+int amx_available() { return tiles_allowed(); }
 
 // hidden (tokens, dim), weight (vocab, dim), dim a multiple of 32; labels within the vocabulary; scale and losses
 // fp32 (tokens), room fp32 (2 tokens). Gradients are of the sum of scale * loss, and may be null.

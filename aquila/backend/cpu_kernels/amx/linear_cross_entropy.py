@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from aquila.backend.cpu_kernels import native
+from aquila.backend.cpu_kernels import amx, native
 
 
 class _Loss(ctypes.Structure):
@@ -17,18 +17,12 @@ class _Loss(ctypes.Structure):
     ]
 
 
-def available() -> bool:
-    """Whether this machine has matrix tiles and a compiler (compiling at the first call)."""
-    library = native.library("amx/linear_cross_entropy.cpp")
-    return library is not None and bool(library.loss_available())
-
-
 def cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, z_loss: float, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """As `reference.whole_cross_entropy`; None for what the kernel does not take."""
     (tokens, dim), vocab = hidden.shape, weight.shape[0]
-    if not hidden.dtype == weight.dtype == torch.bfloat16 or tokens == 0 or dim % 32 or not available():
+    if not hidden.dtype == weight.dtype == torch.bfloat16 or tokens == 0 or dim % 32 or not amx.available():
         return None
     hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     scale = scale.float().contiguous()

@@ -6,9 +6,7 @@ import torch
 from aquila.backend import common, reference
 from aquila.backend.cpu_kernels.amx import attention as amx_attention
 
-needs_tiles = pytest.mark.skipif(
-    not amx_attention.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
-)
+needs_tiles = pytest.mark.usefixtures("amx")
 CASES = [  # batch, positions, heads, key heads, head size, documents a row
     (1, 2, 1, 1, 32, 1),
     (2, 63, 2, 1, 64, 1),

@@ -5,9 +5,7 @@ import torch
 
 from aquila.backend.cpu_kernels.amx import linear as amx_linear
 
-needs_tiles = pytest.mark.skipif(
-    not amx_linear.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
-)
+needs_tiles = pytest.mark.usefixtures("amx")
 
 
 @needs_tiles

@@ -6,9 +6,7 @@ import torch
 from aquila.backend import reference
 from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
 
-needs_tiles = pytest.mark.skipif(
-    not amx_linear_cross_entropy.available(), reason="no matrix tiles, or no C++ compiler, on this machine"
-)
+needs_tiles = pytest.mark.usefixtures("amx")
 
 
 def inputs(tokens, vocab, dim, spread=0.3):

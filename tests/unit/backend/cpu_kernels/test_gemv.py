@@ -111,7 +111,7 @@ def test_huge_pages_are_only_advice():
     assert torch.equal(tensor, torch.arange(3_000_000))
 
 
-@pytest.mark.skipif(not gemv.available() or not gemv._tile_rows(), reason="no matrix tiles here")
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_is_the_same_whatever_rows_come_with_it(int8):
     x, weight = case(16, 1024, 2048, torch.bfloat16)
