@@ -26,7 +26,6 @@ from aquila.planning.memory import (
     GIB,
     Estimate,
     Setup,
-    attention_of,
     bytes_sent,
     estimate,
 )
@@ -61,7 +60,7 @@ def main() -> int:
         seq_length=arguments.seq_length or model.max_seq_len,
         precision=arguments.precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        attention=attention_of(arguments.attention, model, triangle=True),
+        attention="fused" if arguments.attention == "auto" else arguments.attention,
         bucket=arguments.bucket,
         fixed=ACCELERATOR_FIXED,
     )
@@ -85,7 +84,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--gradient-accumulation-steps", type=positive, default=1)
     parser.add_argument(
         "--attention", choices=("auto", "fused", "triangle", "reference"), default="auto",
-        help="auto: as on an NPU, the triangle where config.json has use_triangle_attn; else fused",
+        help="auto: fused",
     )  # fmt: skip
     parser.add_argument(
         "--bucket", type=float, default=1e8, help="reduce_bucket_size of deepspeed.json (default 1e8)"
@@ -168,8 +167,6 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
         f"{name}: {model.parameter_count():,} parameters, sequence {base.seq_length}, {base.precision}, "
         f"{base.devices} device(s) of {memory / 1e9:.1f} GB ({memory / GIB:.1f} GiB)"
     )
-    if base.attention == "triangle":
-        print("attention: triangle, as an NPU takes it for this config.json; elsewhere say --attention fused")
     table = stage_table("GiB a device", choices)
     columns = [choice.estimate.rows() for choice in choices]
     for row in zip(*columns, strict=True):

@@ -1,12 +1,13 @@
 """What a training step launches on a simulated Ascend NPU: kernels, bytes, what is kept for backward.
 
-    python benchmarks/npu_launches.py [--attention auto|fused|triangle] [--packed] [--operators]
+    python benchmarks/npu_launches.py [--attention auto|fused|triangle] [--packed] [--operators|--json]
 
 Counts, not times: a device of host memory has no time to show. A layer is the difference of three layers and
 two; bytes are in units of the residual stream (batch x sequence x dim in bf16), whatever the width.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS, LENGTH, DIM, HEADS, VOCABULARY = 1, 1024, 256, 2, 1000
+ROWS, LENGTH, DIM, VOCABULARY = 1, 1024, 256, 1000
+MODEL = {
+    "dim": DIM, "n_heads": 2, "vocab_size": VOCABULARY, "multiple_of": 32, "max_seq_len": LENGTH,
+    "checkpoint_activations": False,
+}  # fmt: skip
 
 
 def measure(layers: int, attention: str, packed: bool) -> dict[str, Counter]:
@@ -26,10 +31,7 @@ def measure(layers: int, attention: str, packed: bool) -> dict[str, Counter]:
     from aquila.config import ModelConfig
     from aquila.model import AquilaModel
 
-    config = ModelConfig(
-        dim=DIM, n_layers=layers, n_heads=HEADS, vocab_size=VOCABULARY, multiple_of=32, max_seq_len=LENGTH,
-        use_triangle_attn=True, checkpoint_activations=False,
-    )  # fmt: skip
+    config = ModelConfig(**MODEL, n_layers=layers)
     model = AquilaModel(config, attention=attention, device="npu:0", dtype=torch.bfloat16)
     tokens = torch.arange(ROWS * LENGTH, device="npu:0").view(ROWS, LENGTH) % VOCABULARY
     documents = tokens // 300 if packed else None
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--operators", action="store_true", help="a line each")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.inside:
@@ -64,6 +67,10 @@ def main() -> None:
     trips = sum(
         count for name, count in three["launches"].items() if "_local_scalar" in name or "host" in name
     )
+    if arguments.json:
+        totals = {what: sum(counts.values()) for what, counts in layer.items()}
+        print(json.dumps({"model": {**MODEL, "n_layers": 1}, "layer": totals, "round_trips": trips}))
+        return
     print(f"a layer: {sum(layer['launches'].values())} launches, {sum(layer['bytes'].values()) / unit:.1f} "
           f"units moved, {layer['kept']['total'] / unit:.2f} units kept")  # fmt: skip
     print(

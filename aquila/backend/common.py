@@ -68,8 +68,8 @@ def narrow_attention(
     return reference.plain_attention(q, k, v, documents=documents, start=start, inner=_same, scale=scale)
 
 
-def fused_or_same(asked: str, triangle: bool) -> str:
-    """Where the fused kernel computes what the triangle does in less memory, "auto" is fused in any case."""
+def fused_or_same(asked: str) -> str:
+    """The fused kernel computes what the triangle does, in less memory: "auto" is fused in any case."""
     return "fused" if asked == "auto" else asked
 
 

@@ -123,8 +123,8 @@ def attention(
     return plain_attention(q, k, v, documents=documents, start=start)
 
 
-def attention_kind(asked: str, triangle: bool) -> str:
-    """The kind that "auto" means here; `triangle` is the model's `use_triangle_attn`."""
+def attention_kind(asked: str) -> str:
+    """The kind that "auto" means here."""
     return "reference" if asked == "auto" else asked
 
 

@@ -75,7 +75,7 @@ class RunConfig(StrictModel):
     fp8: Literal[False, "tensorwise", "rowwise"] = False
     """Layers multiply in float8 by this recipe of torchao, under bf16, best compiled; a CPU emulates it."""
     attention: Literal["auto", "fused", "triangle", "reference"] = "auto"
-    """Attention kernel; auto: the model's `use_triangle_attn` on NPU, else fused."""
+    """Attention kernel; auto: fused. The original's, where config.json has `use_triangle_attn`: triangle."""
     ckpoint_layer: Annotated[int, Field(ge=-1)] | None = None
     """Recompute the first N layers in backward, -1 all, 0 none; the model's own choice when absent."""
     recompute: Literal["full", "selective"] = "full"

@@ -54,7 +54,6 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "name": backend.device_name(),
     "precisions": list(backend.supported_precisions()),
     "fp8": backend.fp8_support(),
-    "triangle": backend.attention_kind("auto", True) == "triangle",
     "memory": total,
     "memory_free": free,
     "versions": versions,
@@ -88,10 +87,9 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     """This machine's devices and versions.
 
     Keys: device (its type), count, name, precisions, fp8 (how float8 layers run, or why they cannot),
-    triangle (whether "auto" attention is the triangle here for a model that wants it), memory and
-    memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine), versions, toolkit
-    (whether CANN is set up in the environment), unsupported (why this chip cannot train, or nothing), unseen
-    (device files of accelerators torch does not see).
+    memory and memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine),
+    versions, toolkit (whether CANN is set up in the environment), unsupported (why this chip cannot train,
+    or nothing), unseen (device files of accelerators torch does not see).
 
     Raises `UserError` with Python's own error when torch or the device's library cannot be loaded.
     """

@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: str):
         super().__init__()
-        self.kind, self.triangle = kind, config.use_triangle_attn
+        self.kind = kind
         self.head_dim = config.head_dim
         kv_dim = config.kv_heads * config.head_dim
         self.wq = _linear(config.dim, config.dim)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             store, layer = cache
             start = store.length
             k, v = store.put(layer, k, v)  # (B, T, K, D)
-        kind = backend.attention_kind(self.kind, self.triangle)
+        kind = backend.attention_kind(self.kind)
         out = backend.attention(q, k, v, kind=kind, documents=documents, start=start)  # (B, S, H, D)
         return self.wo(out.flatten(-2))
 

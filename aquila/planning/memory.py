@@ -35,10 +35,12 @@ class Setup:
     gradient_accumulation_steps: int = 1
     attention: str = "fused"
     one_pass: bool = False
-    """The gate keeps no silu, and cosines and sines are those of all layers (a CPU's compiled passes).
+    """The gate keeps no silu, cosines and sines are those of all layers (a CPU's compiled passes, an NPU).
 
     A CPU without a compiler keeps more: fp32 copies of the norms' inputs.
     """
+    statistics: int = 4
+    """Bytes that fused attention keeps of each softmax: on an NPU its greatest score and sum, 8 fp32 each."""
     bucket: float = REDUCE_BUCKET
     lazy_buffers: bool = False
     """Memory counts when it is written (CPU), not when it is reserved."""
@@ -187,7 +189,7 @@ def layer_activations(model: ModelConfig, setup: Setup) -> float:
     b, tokens, dim = setup.dtype_bytes, setup.tokens, model.dim
     kv_dim = model.kv_heads * model.head_dim
     norms = 2 * (2 * b * dim + 4)  # two: input, output, and a scale in fp32
-    attention = b * (dim + 2 * kv_dim) + b * dim + 4 * model.n_heads
+    attention = b * (dim + 2 * kv_dim) + b * dim + setup.statistics * model.n_heads
     feed_forward = (3 if setup.one_pass else 4) * b * model.ffn_dim
     kept = tokens * (norms + attention + feed_forward)
     if not setup.one_pass:
@@ -251,24 +253,14 @@ def bytes_sent(model: ModelConfig, setup: Setup) -> float:
     return once * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
 
 
-def attention_of(asked: str, model: ModelConfig, triangle: bool) -> str:
-    """What is asked for; "auto" is the triangle where the model and the device (`triangle`) want it."""
-    if asked != "auto":
-        return asked
-    return "triangle" if triangle and model.use_triangle_attn else "fused"
-
-
 CPU_FIXED = 480 << 20
 ACCELERATOR_FIXED = 1 << 30
 """Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
 
 
-def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool, triangle: bool = False) -> Setup:
-    """The set-up that a run's configuration asks for.
-
-    triangle: whether "auto" attention is, on this device, the triangle for a model that wants it.
-    """
-    run, model = config.run, config.model
+def setup_of(config: EffectiveConfig, devices: int, device: str) -> Setup:
+    """The set-up that a run's configuration asks for; `device` is cpu, cuda or npu."""
+    run, model, on_cpu = config.run, config.model, device == "cpu"
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
     else:
@@ -284,8 +276,9 @@ def setup_of(config: EffectiveConfig, devices: int, on_cpu: bool, triangle: bool
         offload=bool(offload),
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
-        attention=attention_of(run.attention, model, triangle),
-        one_pass=on_cpu,
+        attention="fused" if run.attention == "auto" else run.attention,
+        one_pass=device in ("cpu", "npu"),
+        statistics=64 if device == "npu" else 4,
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,

@@ -57,6 +57,6 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, 
         config = load_run_config("tiny.yaml", "tiny", words, device=Device("cpu", ("bf16", "fp32")))
     finally:
         os.chdir(here)
-    needed = estimate(config.model, setup_of(config, devices=2, on_cpu=True)).peak / GIB
+    needed = estimate(config.model, setup_of(config, devices=2, device="cpu")).peak / GIB
     print(f"{name}: estimated {needed:.2f} GiB, measured {measured:.2f} GiB")
     assert needed == pytest.approx(measured, rel=0.15)

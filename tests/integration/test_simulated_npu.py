@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from aquila.config import ModelConfig
+from aquila.planning.memory import Setup, layer_activations
 from tests.integration.launch_helpers import (
     ROOT,
     add_tiny_model_and_data,
@@ -213,3 +215,17 @@ def test_the_preflights_probe_refuses_a_chip_of_the_first_generation(simulated) 
              "PYTHONPATH": f"{ROOT}:{simulated['PYTHONPATH']}"},
     )  # fmt: skip
     assert "Ascend910ProA is of the first Ascend 910 generation" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fused", "triangle"])
+def test_a_layer_keeps_for_backward_what_the_planner_says(project: Path, kind: str) -> None:
+    """Bytes of device memory, by torch_npu's own allocator."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "npu_launches.py"), "--attention", kind, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(ROOT))
+    found = json.loads(done.stdout)
+    model = ModelConfig(**found["model"])
+    setup = Setup(
+        devices=1, batch_size=1, seq_length=model.max_seq_len, attention=kind, one_pass=True, statistics=64
+    )
+    assert found["layer"]["kept"] == pytest.approx(layer_activations(model, setup), rel=0.05)
+    assert found["round_trips"] == 0

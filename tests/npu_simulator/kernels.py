@@ -85,7 +85,10 @@ def fusion_attention(
         assert input_layout == "BSND"
         out = _attend(query, key, value, atten_mask, scale, sparse_mode)
     nothing = query.new_empty(0)
-    return out, nothing, nothing, nothing, 0, 0, 0
+    tokens = query.shape[:1] if input_layout == "TND" else (query.shape[0], head_num, query.shape[1])
+    heads = (head_num,) if input_layout == "TND" else ()
+    greatest, total = (torch.zeros(*tokens, *heads, 8) for _ in range(2))  # of each softmax; not computed
+    return out.contiguous(), greatest, total, nothing, 0, 0, 0
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, mode: int) -> Tensor:

@@ -67,13 +67,8 @@ def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: in
     assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.05)
 
 
-def test_an_npu_s_triangle_counts_where_the_model_wants_it() -> None:
-    """There "auto" is the triangle, whose probabilities are kept: a third of Aquila-7B's activations."""
-    wants = SEVEN_B.model_copy(update={"use_triangle_attn": True})
-    assert memory.attention_of("auto", wants, triangle=True) == "triangle"
-    assert memory.attention_of("auto", wants, triangle=False) == "fused"
-    assert memory.attention_of("auto", SEVEN_B, triangle=True) == "fused"
-    assert memory.attention_of("fused", wants, triangle=True) == "fused"
+def test_the_triangle_keeps_its_probabilities() -> None:
+    """A third of Aquila-7B's activations."""
     setup = Setup(devices=8, batch_size=1, seq_length=2048, attention="triangle")
     more = layer_activations(SEVEN_B, setup) - layer_activations(SEVEN_B, replace(setup, attention="fused"))
     assert more == pytest.approx(2 * 32 * 2048 * (2048 + 512) / 2, rel=0.02)
