@@ -121,10 +121,9 @@ def ours_alone(settings: SimpleNamespace) -> tuple[Step, str]:
         for weight, master, (first, second, count), options in states:
             count += 1
             flat = weight.view(-1)
-            for block, start in blocks([weight.grad]):
-                part = slice(start, start + block.numel())
-                moments = first[part], second[part], count
-                settings.backend.adamw(flat[part], master[part], block, moments, options, factor)
+            parts = [(slice(start, start + block.numel()), block) for block, start in blocks([weight.grad])]
+            given = [(flat[at], master[at], block, first[at], second[at]) for at, block in parts]
+            settings.backend.adamw(given, count, options, factor)
             weight.grad = None
 
     def step(tokens: Tensor, labels: Tensor) -> float:

@@ -23,6 +23,7 @@ from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
+LOGITS_BYTES = reference.LOGITS_BYTES
 OPTIMIZERS = ("torch",)
 
 # What torch does as well here as anything else.
