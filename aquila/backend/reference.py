@@ -131,6 +131,7 @@ def attention_kind(asked: str) -> str:
 # Operators whose results selective recomputation keeps: the two products of plain attention.
 SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
 COMPILE_BLOCKS = False
+OVERLAP_COMM = True
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ MORE_ON_ONE_RANK = {
     "one-triangle16": ("precision=fp16", TRIANGLE, "bmt_loss_scale=128"),
 }
 MORE_ON_TWO_RANKS = {
-    "two-zero2": (FP32, "zero_stage=2", "attention=fused", "gradient_accumulation_steps=2"),
+    "two-zero2": (FP32, "zero_stage=2", "overlap_comm=True", "gradient_accumulation_steps=2"),
     "two-export": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
 }
 
@@ -155,6 +155,8 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
     for name in ONE_RANK:
         assert_same_losses(project, name)
     assert "resumes at step 2" in npu
+    assert "safe on npu" in npu
+    assert "safe on npu" not in cpu
     assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
     answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
     assert answers[0] == answers[1]
