@@ -27,6 +27,7 @@ COMMUNICATION = "gloo"
 # Compiled blocks gave 4 to 6 % more tokens/s (dim 512, bf16, two cores) for 8 to 40 s of compiling.
 COMPILE_BLOCKS = False
 LOGITS_BYTES = reference.LOGITS_BYTES
+OVERLAP_COMM = True
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aquila.tile_attention.default,

@@ -134,6 +134,7 @@ COMPILE_BLOCKS = False
 LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
 """Bytes of a chunk of logits, by bytes of a number. Half precision gets more, because fewer chunks mean fewer
 roundings of its weight gradient."""
+OVERLAP_COMM = True
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
 
@@ -232,9 +233,10 @@ def whole_cross_entropy(
 # ---- optimizer and machine -------------------------------------------------------------------------------
 
 
-def square_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor's squares: a scalar in fp64, for it must not depend on how x was cut."""
-    return torch.linalg.vector_norm(x.double()).square()
+def square_sum(pieces: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares in all pieces: a scalar in fp64, for it must not depend on how they were cut."""
+    sums = [torch.linalg.vector_norm(x.double()).square() for x in pieces]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
 
 AdamBlock = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -10,10 +10,11 @@ from aquila.config import EffectiveConfig
 def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
     run = effective.run
-    zero = {"contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True}
-    zero |= effective.deepspeed.get("zero_optimization", {}) | {"stage": run.zero_stage}
-    if world_size == 1 and run.zero_stage < 3:
-        zero["overlap_comm"] = False  # nothing is sent; DeepSpeed would wait for the device each micro step
+    zero = {"contiguous_gradients": True, "reduce_scatter": True}
+    zero |= effective.deepspeed.get("zero_optimization", {})
+    # Where nothing is sent, DeepSpeed would only wait for the device in each micro step.
+    overlap = run.overlap_comm is not False and (world_size > 1 or run.zero_stage == 3)
+    zero |= {"stage": run.zero_stage, "overlap_comm": overlap}
     config = effective.deepspeed | {
         "train_micro_batch_size_per_gpu": run.batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
