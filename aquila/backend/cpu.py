@@ -28,6 +28,8 @@ COMMUNICATION = "gloo"
 COMPILE_BLOCKS = False
 LOGITS_BYTES = reference.LOGITS_BYTES
 OVERLAP_COMM = True
+KEPT = {"one_pass": 1, "statistics": 4}
+ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aquila.tile_attention.default,

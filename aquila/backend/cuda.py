@@ -19,6 +19,8 @@ COMPILE_BLOCKS = True
 LOGITS_BYTES = {2: 1 << 30, 4: 1 << 30, 8: 1 << 30}
 OVERLAP_COMM = True
 SQUARES = 1024  # summed in fp32
+KEPT = {"one_pass": 0, "statistics": 4, "logits_bytes": LOGITS_BYTES[2]}
+ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -125,7 +127,7 @@ def square_sum(pieces: Iterable[Tensor]) -> Tensor:
 
 
 def square_sum_(x: Tensor) -> Tensor:
-    """The sum of the squares of a flat x of a multiple of `SQUARES` numbers: fp64 itself runs at 1/64th here."""
+    """The sum of the squares of a flat x of a multiple of `SQUARES` numbers; fp64 is slow here."""
     wide = x if x.dtype == torch.float64 else x.float()
     return wide.view(-1, SQUARES).square().sum(dim=1).sum(dtype=torch.float64)
 

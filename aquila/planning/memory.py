@@ -12,7 +12,7 @@ from aquila.config import EffectiveConfig, ModelConfig
 
 GIB = 2**30
 LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20}
-LOGITS_BYTES_CUDA = 1 << 30
+LARGEST_LOGITS_BYTES = 1 << 30
 MAX_ROUNDINGS = 4
 """As in `model/loss.py`: bytes of a chunk of logits, by bytes of a number; chunks summed in the dtype."""
 TRIANGLE_BLOCK = 512
@@ -261,8 +261,8 @@ ACCELERATOR_FIXED = 1 << 30
 """Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
 
 
-def setup_of(config: EffectiveConfig, devices: int, device: str) -> Setup:
-    """The set-up that a run's configuration asks for; `device` is cpu, cuda or npu."""
+def setup_of(config: EffectiveConfig, devices: int, device: str, kept: dict[str, int] | None = None) -> Setup:
+    """The set-up that a run's configuration asks for. `device`: its type; `kept`: its backend's `KEPT`."""
     run, model, on_cpu = config.run, config.model, device == "cpu"
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
@@ -280,9 +280,9 @@ def setup_of(config: EffectiveConfig, devices: int, device: str) -> Setup:
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         attention="fused" if run.attention == "auto" else run.attention,
-        one_pass=device in ("cpu", "npu"),
-        statistics=64 if device == "npu" else 4,
-        logits_bytes=LOGITS_BYTES_CUDA if device == "cuda" else None,
+        one_pass=bool((kept or {}).get("one_pass", on_cpu)),
+        statistics=(kept or {}).get("statistics", 4),
+        logits_bytes=(kept or {}).get("logits_bytes"),
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,

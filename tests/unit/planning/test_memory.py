@@ -78,7 +78,7 @@ def test_the_triangle_keeps_its_probabilities() -> None:
 def test_the_loss_chunk_is_the_model_s() -> None:
     assert memory.LOGITS_BYTES.items() <= cpu.LOGITS_BYTES.items()
     assert memory.LOGITS_BYTES.items() <= npu.LOGITS_BYTES.items()
-    assert set(cuda.LOGITS_BYTES.values()) == {memory.LOGITS_BYTES_CUDA}
+    assert set(cuda.LOGITS_BYTES.values()) == {memory.LARGEST_LOGITS_BYTES}
     assert memory.MAX_ROUNDINGS == loss.MAX_ROUNDINGS
 
 
