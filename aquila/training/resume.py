@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from aquila.config import EffectiveConfig
 from aquila.core.checkpoints import (
     FOLDER,
@@ -23,6 +21,7 @@ from aquila.core.checkpoints import (
 from aquila.core.errors import UserError
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.deepspeed.safe_load import load
 from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState
 
@@ -128,7 +127,7 @@ class Resumption:
             say(f"warning: {self.folder} holds no optimizer state: this run is not exact")
         own = self.folder / "rng" / f"rank-{rank:05d}.pt"
         if own.is_file():
-            restore_random_state(torch.load(own, weights_only=False))
+            _restore_random_state(own)
         return TrainState(**{key: self.facts[key] for key in TrainState.__dataclass_fields__})
 
     def _load_universal(self, engine: Engine, run_dir: Path, rank: int) -> None:
@@ -147,6 +146,14 @@ class Resumption:
             engine.load_shards(copy)
         finally:
             on_first_rank(lambda: shutil.rmtree(copy, ignore_errors=True))
+
+
+def _restore_random_state(file: Path) -> None:
+    state = load(file)
+    try:
+        restore_random_state(state)
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{file}: holds no random state ({error}); remove the file to go on without") from None
 
 
 def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, world_size: int) -> str | None:
