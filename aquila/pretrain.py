@@ -62,7 +62,8 @@ def main() -> int:
     requests.install()
     backend = get_backend(detect())
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    here = Device(device.type, tuple(backend.supported_precisions()), backend.fp8_support())
+    precisions = tuple(backend.supported_precisions())
+    here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
     if effective.run.fp8:
         fp8.load()  # what does not load says so before anything is written

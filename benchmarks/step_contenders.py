@@ -113,10 +113,7 @@ def ours_alone(settings: SimpleNamespace) -> tuple[Step, str]:
 
     @torch.no_grad()
     def update() -> None:
-        total = torch.zeros((), dtype=torch.float64, device=settings.device)
-        for weight, *_ in states:
-            for block, _ in blocks([weight.grad]):
-                total += settings.backend.square_sum(block)
+        total = settings.backend.square_sum(block for w, *_ in states for block, _ in blocks([w.grad]))
         factor = min(1.0, CLIP / (total.sqrt().item() + 1e-6))
         for weight, master, (first, second, count), options in states:
             count += 1

@@ -9,7 +9,8 @@ device has. Every module offers:
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
 - `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
-  selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement;
+  selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
+  `OVERLAP_COMM` whether gradients are reduced during backward by default;
 - `fp8_support()` says how linear layers in float8 run ("native", "emulated"), or why they cannot;
   `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;

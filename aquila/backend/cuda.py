@@ -16,6 +16,7 @@ from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True
+OVERLAP_COMM = True
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

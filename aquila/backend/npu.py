@@ -23,6 +23,9 @@ from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
+# DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
+# mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
+OVERLAP_COMM = False
 OPTIMIZERS = ("torch",)
 
 # What torch does as well here as anything else.
@@ -32,7 +35,6 @@ add_weight_gradient = reference.add_weight_gradient
 embedding = reference.embedding
 linear = reference.linear
 prepare_weight = reference.prepare_weight
-square_sum = reference.square_sum
 step_linear = reference.step_linear
 whole_cross_entropy = reference.whole_cross_entropy
 
@@ -43,6 +45,7 @@ _ROTARY_HEAD_LIMIT = 896
 _ROTARY_ROWS_LIMIT = 1000  # batch times heads, interleaved
 _PACKED_DOCUMENTS, _PACKED_TOKENS = 1024, 1 << 20
 _HEADS_LIMIT, _HEAD_SIZE_LIMIT = 256, 768
+_SUM_ROW = 512  # squares summed plainly
 _FP16_SCORE = 1024.0  # the original's bound of a score in fp16
 # Names of the first generation, as torch_npu lists them. By the vendor's product tables it lacks bf16,
 # npu_fusion_attention, npu_swiglu, npu_cross_entropy_loss and the interleaved rotary. A bare "Ascend910B" is
@@ -352,6 +355,30 @@ def cross_entropy_(
 
 
 # ---- optimizer and machine -------------------------------------------------------------------------------
+
+
+def square_sum(pieces: Iterable[Tensor]) -> Tensor:
+    """As `reference.square_sum`, but fp32: the device has no fp64, and makes fp32 of it without a word.
+
+    Rows of squares in fp32; their sums in pairs, each with its rounding error beside it (Knuth's TwoSum), so
+    that the sum is as good as one in twice fp32's digits.
+    """
+    rows = [sums for x in pieces for sums in _row_sums(reference.wide(x).flatten().square())]
+    high = torch.cat(rows) if rows else torch.zeros(1)
+    low = torch.zeros_like(high)
+    while len(high) > 1:
+        if len(high) % 2:
+            high, low = F.pad(high, (0, 1)), F.pad(low, (0, 1))
+        (a, b), (c, d) = high.chunk(2), low.chunk(2)
+        high = a + b
+        added = high - a
+        low = c + d + ((a - (high - added)) + (b - added))
+    return (high + low)[0]
+
+
+def _row_sums(squares: Tensor) -> list[Tensor]:
+    whole = len(squares) // _SUM_ROW * _SUM_ROW
+    return [squares[:whole].view(-1, _SUM_ROW).sum(1), squares[whole:].sum()[None]]
 
 
 def optimizer_kind(asked: str = "auto") -> str:

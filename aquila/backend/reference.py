@@ -131,6 +131,7 @@ def attention_kind(asked: str) -> str:
 # Operators whose results selective recomputation keeps: the two products of plain attention.
 SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
 COMPILE_BLOCKS = False
+OVERLAP_COMM = True
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
 
@@ -229,9 +230,10 @@ def whole_cross_entropy(
 # ---- optimizer and machine -------------------------------------------------------------------------------
 
 
-def square_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor's squares: a scalar in fp64, for it must not depend on how x was cut."""
-    return torch.linalg.vector_norm(x.double()).square()
+def square_sum(pieces: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares in all pieces: a scalar in fp64, for it must not depend on how they were cut."""
+    sums = [torch.linalg.vector_norm(x.double()).square() for x in pieces]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
 
 def adamw(

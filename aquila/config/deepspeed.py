@@ -24,6 +24,7 @@ _SAME = {
     "fp16.loss_scale": "bmt_loss_scale",
     "fp16.loss_scale_window": "loss_scale_window",
     "zero_optimization.stage": "zero_stage",
+    "zero_optimization.overlap_comm": "overlap_comm",
 }
 # Blocks that we read and that DeepSpeed does not get to see as they stand.
 _OWN = {"optimizer", "scheduler", "fp16", "bf16", "train_batch_size", "activation_checkpointing"}

@@ -26,6 +26,8 @@ class Device(NamedTuple):
     """What it trains in, best first."""
     fp8: str = "native"
     """One of `FP8_RUNS`, or why linear layers in float8 cannot run and what to do."""
+    overlap_comm: bool = True
+    """Whether gradients are reduced during backward unless the user says otherwise."""
 
 
 class Setting(NamedTuple):
@@ -104,7 +106,7 @@ def load_run_config(
     config: path of the YAML file; a bare name is also looked for in `configs/`.
     model_name: a folder under `checkpoints_in/`, or a path to a model folder.
     overrides: `key=value` texts, values in YAML.
-    device: resolves `precision`; without it `auto` stays.
+    device: resolves `precision` and `overlap_comm`; without it they stay open.
 
     Raises `UserError` for everything that is wrong with any of them.
     """
@@ -119,6 +121,7 @@ def load_run_config(
     notes = list(json_file.notes) if json_file else []
     if device is not None:
         _resolve_precision(history["precision"], device, notes)
+        _resolve_overlap(history["overlap_comm"], device, notes)
     run = validate(RunConfig, {key: settings[-1].value for key, settings in history.items()}, str(path))
     history = {key: [*s[:-1], Setting(getattr(run, key), s[-1].source)] for key, s in history.items()}
     model_dir = find_model_dir(model_name, root)
@@ -230,6 +233,21 @@ def _resolve_precision(settings: list[Setting], device: Device, notes: list[str]
             f"{wanted.source} asks for {wanted.value}, which {device.type} cannot do: {instead} instead"
         )
         settings.append(Setting(instead, f"{device.type} has no {wanted.value}"))
+
+
+def _resolve_overlap(settings: list[Setting], device: Device, notes: list[str]) -> None:
+    """What the user's YAML or command line says holds; else what is safe on this device."""
+    wanted = settings[-1]
+    by_json = "zero_optimization" in wanted.source
+    if not device.overlap_comm and (wanted.value is None or by_json):
+        settings.append(Setting(False, f"safe on {device.type}"))
+        if wanted.value:
+            notes.append(
+                f"{wanted.source}: on {device.type} gradients are reduced after backward, for NaNs have been "
+                "reported with overlap over several nodes; overlap_comm=True overlaps them all the same"
+            )
+    elif wanted.value is None:
+        settings[-1] = Setting(True, wanted.source)
 
 
 def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) -> None:

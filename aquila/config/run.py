@@ -86,6 +86,8 @@ class RunConfig(StrictModel):
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    overlap_comm: bool | None = None
+    """Gradients are reduced on a stream of their own during backward; absent: yes, on NPUs no."""
 
     # Weights and checkpoints
     bmt_pre_load: bool = False

@@ -120,7 +120,9 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
     device = None
     if checked.devices:
         found = checked.devices
-        device = Device(found["device"], tuple(found["precisions"]), found["fp8"])
+        device = Device(
+            found["device"], tuple(found["precisions"]), found["fp8"], found.get("overlap_comm", True)
+        )
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 

@@ -48,7 +48,7 @@ MORE_ON_ONE_RANK = {
     "one-triangle16": ("precision=fp16", TRIANGLE, "bmt_loss_scale=128"),
 }
 MORE_ON_TWO_RANKS = {
-    "two-zero2": (FP32, "zero_stage=2", "attention=fused", "gradient_accumulation_steps=2"),
+    "two-zero2": (FP32, "zero_stage=2", "overlap_comm=True", "gradient_accumulation_steps=2"),
     "two-export": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
 }
 
@@ -155,6 +155,8 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
     for name in ONE_RANK:
         assert_same_losses(project, name)
     assert "resumes at step 2" in npu
+    assert "safe on npu" in npu
+    assert "safe on npu" not in cpu
     assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
     answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
     assert answers[0] == answers[1]
@@ -207,14 +209,39 @@ def test_the_launcher_trains_on_two_npus_and_restarts_a_killed_rank(tmp_path: Pa
     assert logged("2 x Ascend910B3") == 2
 
 
-def test_the_preflights_probe_refuses_a_chip_of_the_first_generation(simulated) -> None:
-    ask = "from aquila.launch.device_probe import mismatches, probe_devices as p; print(*mismatches(p()))"
+def ask(simulated: dict[str, str], code: str, **changes: str) -> str:
+    """What a Python that sees the simulated NPUs prints."""
     done = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120,
-        env={**environment(ROOT), **simulated, "AQUILA_SIMULATED_CHIP": "Ascend910ProA",
-             "PYTHONPATH": f"{ROOT}:{simulated['PYTHONPATH']}"},
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**environment(ROOT), **simulated, "PYTHONPATH": f"{ROOT}:{simulated['PYTHONPATH']}", **changes},
     )  # fmt: skip
-    assert "Ascend910ProA is of the first Ascend 910 generation" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_preflights_probe_refuses_a_chip_of_the_first_generation(simulated) -> None:
+    code = "from aquila.launch.device_probe import mismatches, probe_devices as p; print(*mismatches(p()))"
+    said = ask(simulated, code, AQUILA_SIMULATED_CHIP="Ascend910ProA")
+    assert "Ascend910ProA is of the first Ascend 910 generation" in said
+
+
+def test_the_vendors_fused_adamw_breaks_the_contract_and_the_default_keeps_it(simulated) -> None:
+    """Why it is refused: see it happen."""
+    code = """if True:
+    import types, torch, torch_npu
+    from aquila.acceptance.optimizer import contract_error
+    from aquila.backend import npu
+    def vendors(kind, params, lr, betas, eps, decay):
+        return torch_npu.optim.NpuFusedAdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+    print(contract_error(npu, torch.device("npu:0"), "auto"))
+    try:
+        print(contract_error(types.SimpleNamespace(optimizer=vendors), torch.device("npu:0"), "npu"))
+    except Exception as error:
+        print(repr(error))
+    """
+    default, vendors = ask(simulated, code).splitlines()
+    assert float(default) < 1e-5
+    assert vendors == "KeyError('step')"
 
 
 @pytest.mark.parametrize("kind", ["fused", "triangle"])

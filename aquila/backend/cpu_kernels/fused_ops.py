@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -135,13 +136,17 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     return y
 
 
-def square_sum(x: Tensor) -> Tensor:
+def square_sum(pieces: Iterable[Tensor]) -> Tensor:
     """As `reference.square_sum`: squares and short sums in fp32, their sum in fp64."""
+    return torch.tensor(sum(map(_squares, pieces)), dtype=torch.float64)
+
+
+def _squares(x: Tensor) -> float:
     if not (_taken(x) and x.is_contiguous()):
-        return reference.square_sum(x)
+        return reference.square_sum([x]).item()
     total = ctypes.c_double()
     _call("squares", x, x, total, x.numel())
-    return torch.tensor(total.value, dtype=torch.float64)
+    return total.value
 
 
 class _Adam(ctypes.Structure):

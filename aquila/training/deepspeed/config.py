@@ -10,8 +10,9 @@ from aquila.config import EffectiveConfig
 def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
     run = effective.run
-    zero = {"contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True}
-    zero |= effective.deepspeed.get("zero_optimization", {}) | {"stage": run.zero_stage}
+    zero = {"contiguous_gradients": True, "reduce_scatter": True}
+    zero |= effective.deepspeed.get("zero_optimization", {})
+    zero |= {"stage": run.zero_stage, "overlap_comm": run.overlap_comm is not False}
     config = effective.deepspeed | {
         "train_micro_batch_size_per_gpu": run.batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,

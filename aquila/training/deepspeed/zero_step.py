@@ -82,11 +82,10 @@ class _LeanStep:
 
     def _norm(self) -> Tensor:
         """Norm of the scaled gradients of all ranks, fp32; not finite when any of them is not."""
-        total = torch.zeros((), dtype=torch.float64, device=self.zero.device)
-        for gradients in self.zero.averaged_gradients.values():
-            for block, _ in blocks(gradients):
-                total += self.backend.square_sum(block)
-        total = total.float()  # as DeepSpeed sends it; not every communication library sums fp64
+        held = self.zero.averaged_gradients.values()
+        total = self.backend.square_sum(block for gradients in held for block, _ in blocks(gradients))
+        # fp32, as DeepSpeed sends it: not every communication library sums fp64.
+        total = total.to(self.zero.device, torch.float32)
         dist.all_reduce(total, group=self.zero.dp_process_group)
         return total.sqrt()
 

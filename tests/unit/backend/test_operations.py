@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from aquila.acceptance.optimizer import contract_error
 from aquila.backend import detect, get_backend, reference
 
 LENGTHS = (1, 2, 31, 512, 513, 1000)
@@ -136,7 +137,8 @@ def test_cross_entropy_equals_autograd(backend, z_loss, dtype):
             assert torch.equal(work, logits)
 
 
-SIGNATURE = """COMMUNICATION COMPILE_BLOCKS SAVED_IN_SELECTIVE OPTIMIZERS adamw add_weight_gradient attention
+SIGNATURE = """COMMUNICATION COMPILE_BLOCKS OVERLAP_COMM SAVED_IN_SELECTIVE OPTIMIZERS adamw
+add_weight_gradient attention
 attention_kind convert_to_fp8 cross_entropy_ device_count device_name embedding fp8_support kernels linear
 memory_gib optimizer optimizer_kind peak_flops prepare_weight rms_norm rotary set_device square_sum
 step_linear supported_precisions swiglu synchronize whole_cross_entropy"""
@@ -155,6 +157,25 @@ def test_the_optimizer_is_adamw_and_others_are_refused(backend):
     assert parameter.item() == pytest.approx(1 * (1 - 0.1 * 0.1) - 0.1, rel=1e-6)
     with pytest.raises(ValueError, match="there are"):
         backend.optimizer("apex", [parameter], 0.1, (0.9, 0.95), 1e-8, 0.1)
+
+
+def test_a_sum_of_squares_does_not_depend_on_how_it_was_cut(backend):
+    """Small beside large, in the training dtype; to fp32's last digit, with fp64 or without."""
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[::1000] *= 1000
+    truth = x.double().square().sum().item()
+    for pieces in ([x], x.split(100_003), x.split(700)):
+        assert float(backend.square_sum(pieces)) == pytest.approx(truth, rel=1e-7)
+    assert float(backend.square_sum([])) == 0
+    x[5] = float("inf")
+    assert not backend.square_sum([x]).isfinite()
+
+
+def test_each_optimizer_keeps_the_contract(backend):
+    """Two groups, stepped one at a time with gradients that change: masters equal AdamW in fp64."""
+    here = getattr(backend, "optimizers_here", lambda: backend.OPTIMIZERS)()
+    for kind in ("auto", *here):
+        assert contract_error(backend, torch.device("cpu"), kind) < 1e-5
 
 
 def test_this_machine_has_a_backend():

@@ -12,6 +12,7 @@ from aquila.config import Device, RunConfig, load_run_config, parse_blend, parse
 from aquila.core.errors import UserError
 
 CPU = Device("cpu", ("bf16", "fp32"))
+NPU = Device("npu", ("bf16", "fp16", "fp32"), overlap_comm=False)
 RECIPE = {
     "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 600, "lr": 3.0e-4, "warm_up": 0.01,
     "save_interval": 1000, "log_interval": 1, "bmt_loss_scale": 131072, "save_optim": True, "save_rng": True,
@@ -233,3 +234,19 @@ def test_float8_wants_sizes_that_are_multiples_of_16(project: Path) -> None:
         load(project)
         with pytest.raises(UserError, match=f"need multiples of 16.* {what}"):
             load(project, "fp8=tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "overlaps", "source"),
+    [
+        ([], CPU, True, "deepspeed.json zero_optimization.overlap_comm"),
+        ([], NPU, False, "safe on npu"),
+        (["overlap_comm=True"], NPU, True, "command line"),
+        (["overlap_comm=False"], CPU, False, "command line"),
+    ],
+)
+def test_a_json_s_overlap_gives_way_to_what_is_safe_on_the_device(project, words, device, overlaps, source):
+    (project / "deepspeed.json").write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}}')
+    found = load(project, *words, device=device)
+    assert (found.run.overlap_comm, found.sources["overlap_comm"]) == (overlaps, source)
+    assert any("NaN" in note for note in found.notes) == (source == "safe on npu")
