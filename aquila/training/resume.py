@@ -9,6 +9,7 @@ from aquila.config import EffectiveConfig
 from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
+    STATE,
     clear_leftovers,
     damage,
     list_checkpoints,
@@ -19,6 +20,7 @@ from aquila.core.checkpoints import (
     write_atomically,
 )
 from aquila.core.errors import UserError
+from aquila.core.text_files import is_finite
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
 from aquila.training.deepspeed.safe_load import load
@@ -99,7 +101,7 @@ class Resumption:
 
     def __init__(self, folder: Path, effective: EffectiveConfig, world_size: int) -> None:
         self.folder = folder
-        self.facts = read_state(folder)
+        self.facts = _facts(folder)
         self.has_optimizer = (folder / SHARDS).is_dir()
         now = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
         now["precision"] = effective.run.precision
@@ -148,12 +150,27 @@ class Resumption:
             on_first_rank(lambda: shutil.rmtree(copy, ignore_errors=True))
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    """`state.json`, with a number wherever the run counts on one."""
+    facts = read_state(folder)
+    counts = ("world_size", "zero_stage", "batch_size", "gradient_accumulation_steps")
+    wrong = [
+        key
+        for key in (*TrainState.__dataclass_fields__, *counts)
+        if not isinstance(facts.get(key), int | float) or not is_finite(facts[key])
+    ]
+    if wrong or not isinstance(facts.get("precision"), str):
+        what = ", ".join(wrong) or "precision"
+        raise UserError(f"{folder / STATE}: {what} is missing or no number; use another checkpoint")
+    return facts
+
+
 def _restore_random_state(file: Path) -> None:
     state = load(file)
     try:
         restore_random_state(state)
     except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{file}: holds no random state ({error}); remove the file to go on without") from None
+        raise UserError(f"{file}: no random state ({error}); remove the file to go on without") from None
 
 
 def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, world_size: int) -> str | None:

@@ -10,14 +10,15 @@ import torch
 def random_state() -> dict[str, Any]:
     """The generators' states, to be kept: numbers, texts and tensors alone."""
     name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    numpy_state = (name, keys.tolist(), *rest)
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators where `random_state` found them. Older checkpoints hold numpy's keys as an array."""
+    """Puts the generators where `random_state` found them. Once numpy's keys were kept as an array."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))

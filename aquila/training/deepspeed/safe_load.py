@@ -22,7 +22,7 @@ _torch_load = torch.load
 
 
 def _allowed() -> list[Any]:
-    """Plain data that checkpoints hold: of DeepSpeed's shards, and of random states that older versions wrote."""
+    """Plain data that checkpoints hold: of DeepSpeed's shards, and of random states as they once were."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -34,19 +34,19 @@ def _allowed() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *arrays]
 
 
-def load(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
-    """The content of a file of a checkpoint; nothing in it is run.
+def load(file: Any, map_location: Any = "cpu", pickle_module: Any = None, **options: Any) -> Any:
+    """The content of a file of a checkpoint; nothing in it is run. Arguments are those of `torch.load`.
 
     Raises `UserError` when the file is damaged or asks for anything but data.
     """
-    options |= {"weights_only": True, "pickle_module": None}
+    options["weights_only"] = True
     try:
         with torch.serialization.safe_globals(_allowed()):
             return _torch_load(file, map_location, **options)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError) as error:
         raise UserError(
-            f"{file}: not read ({_reason(error)}). Files of a checkpoint hold data alone: this one is damaged, "
-            "or made to run code of whoever wrote it, which was not done. Use a copy from a source you know"
+            f"{file}: not read ({_reason(error)}). Files of a checkpoint hold data alone: this one is "
+            "damaged, or made to run code, which was not done. Use a copy from a source you know"
         ) from None
 
 
