@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
-from aquila.core.errors import UserError
+from aquila.core.errors import EXIT_USER_ERROR, UserError
 from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.zero_step import make_lean
 from aquila.training.nonfinite import GradientCheck
 
@@ -305,9 +306,10 @@ class Engine:
         """
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        with safely():
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+            )
         # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
@@ -328,13 +330,15 @@ class Engine:
 def make_universal(shards: Path, folder: Path) -> None:
     """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
 
-    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    By DeepSpeed's own converter, which reads weights only. Raises `UserError` with its message when it fails.
     """
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        sys.executable, "-m", "aquila.training.deepspeed.to_universal", "--inject_missing_state",
         "--input_folder", str(shards), "--output_folder", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == EXIT_USER_ERROR and "error: " in done.stderr:
+        raise UserError(done.stderr.rpartition("error: ")[2].strip())
     if done.returncode != 0:
         raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
     if not list(folder.glob("*mp_rank_00_model_states.pt")):
