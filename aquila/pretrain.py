@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 from aquila.backend import detect, fp8, get_backend
-from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
+from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend, parse_steps
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
 from aquila.data.batches import Batch, Batches
@@ -35,6 +35,7 @@ from aquila.training.export import Exporter
 from aquila.training.lock import lock_run
 from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
 from aquila.training.metrics import RunLog
+from aquila.training.profiler import Profiler
 from aquila.training.resume import Resumption, find_resume, same_samples_per_step
 from aquila.training.schedule import Schedule, make_schedule
 from aquila.training.signals import Requests
@@ -126,6 +127,11 @@ def train(
     )
     batches = feed(corpora.train, state.consumed_samples)
     closing.callback(batches.close)
+    profiler = None
+    if run.profile is not None:
+        tell = say if rank == 0 else lambda text: None
+        profiler = Profiler(parse_steps(run.profile), run_dir / "profile", rank, backend, tell)
+        closing.callback(lambda: profiler.close(state.step))
     return Trainer(
         config=run,
         engine=engine,
@@ -140,6 +146,7 @@ def train(
         log=log,
         state=state,
         seq_length=effective.seq_length,
+        profiler=profiler,
     ).run()
 
 

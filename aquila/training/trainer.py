@@ -13,6 +13,7 @@ from aquila.training.console import say
 from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.nonfinite import what_is_not_finite
+from aquila.training.profiler import Profiler
 from aquila.training.schedule import Schedule
 from aquila.training.signals import Requests
 from aquila.training.state import TrainState
@@ -45,6 +46,7 @@ class Trainer:
     log: RunLog | None
     state: TrainState
     seq_length: int
+    profiler: Profiler | None = None
     timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
@@ -75,6 +77,8 @@ class Trainer:
         return 0 if self.state.step >= self.schedule.total_steps else EXIT_STOPPED
 
     def _step(self) -> StepResult:
+        if self.profiler is not None:
+            self.profiler.before(self.state.step + 1)
         self.timer.start()
         micro_batches = [next(self.batches) for _ in range(self.config.gradient_accumulation_steps)]
         requests, self.requests.save = (self.requests.stop, self.requests.save), False
@@ -96,6 +100,8 @@ class Trainer:
             bad=result.skipped and not result.spike and not self._scale_may_fall(result),
         )
         self.watchdog.beat(self.state.step)
+        if self.profiler is not None:
+            self.profiler.after(self.state.step)
         return result
 
     def _due(self, interval: int | None) -> bool:
