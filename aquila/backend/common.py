@@ -51,6 +51,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: in
     return out.transpose(1, 2)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows, rotate: Callable) -> Tensor:
+    """`reference.step_attention` with a device's rotary embedding and torch's fused attention."""
+    return reference.attend_by_runs(qkv, kv, rows, rotate, F.scaled_dot_product_attention)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from aquila.backend import common, reference
 from aquila.backend.cpu_kernels import amx, fused_ops, gemv
 from aquila.backend.cpu_kernels import cross_entropy as cross_entropy_kernel
+from aquila.backend.cpu_kernels import step_attention as step_attention_kernel
 from aquila.backend.cpu_kernels.amx import attention as amx_attention
 from aquila.backend.cpu_kernels.amx import linear as amx_linear
 from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
@@ -101,6 +102,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rotary`, in one pass."""
     y = fused_ops.rotary(x, cos, sin)
     return reference.rotary(x, cos, sin) if y is None else y
+
+
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, in one pass over keys and values."""
+    y = step_attention_kernel.step_attention(qkv, rows.cos, rows.sin, kv, rows.places)
+    return common.step_attention(qkv, kv, rows, rotary) if y is None else y
 
 
 def cross_entropy_(

@@ -90,6 +90,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, by torch's fused attention."""
+    return common.step_attention(qkv, kv, rows, rotary)
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
 ) -> Tensor:

@@ -346,6 +346,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave").view(x.shape).to(x.dtype)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, by torch's fused attention."""
+    return common.step_attention(qkv, kv, rows, rotary)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`; the kernel takes both halves as one tensor."""
     return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), -1)
