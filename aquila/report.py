@@ -48,7 +48,11 @@ def find_run(name: str) -> tuple[str, list[dict[str, Any]]]:
         files = [path for path in found if path.is_file()]
         if files:
             newest = max(files, key=lambda path: path.stat().st_mtime)
-            records = [record for record in read_metrics(newest) if record.get("loss") is not None]
+            records = [
+                record
+                for record in read_metrics(newest)
+                if isinstance(record.get("loss"), int | float) and "consumed_tokens" in record
+            ]
             if not records:
                 raise UserError(f"{newest} has no logged step yet")
             return f"{newest.parent.parent.name}/{newest.parent.name}", records
