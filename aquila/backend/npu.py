@@ -24,6 +24,7 @@ from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
+LOGITS_BYTES = reference.LOGITS_BYTES
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
