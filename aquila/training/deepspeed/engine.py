@@ -156,7 +156,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        config = deepspeed_config(effective)
+        config = deepspeed_config(effective, world_size)
         if universal:
             config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
@@ -214,15 +214,20 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        values = total / len(batches), self._gradients.total, forward_seconds
-        losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
+        values = (
+            total / len(batches),
+            self._gradients.total,
+            math.nan if norm is None else norm,
+            forward_seconds,
+        )
+        losses, gradients, norms, seconds, *flags = self.gather(*values, *notices)
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,
-            grad_norm=float(norm) if norm is not None else float("nan"),
+            grad_norm=norms[0],
             loss_scale=scale,
             skipped=skipped,
             spike=spike,
@@ -252,7 +257,12 @@ class Engine:
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
-        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        there = [value.float() for value in values if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(there).tolist() if there else [])
+        here = [next(read) if isinstance(value, torch.Tensor) else float(value) for value in values]
+        if self.world_size == 1:
+            return [[value] for value in here]
+        row = torch.tensor(here, dtype=torch.float64)
         # As pairs of int32: every communication library sends those, and not every one fp64.
         bits = row.view(torch.int32).to(self.device)
         table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
