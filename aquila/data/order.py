@@ -115,8 +115,8 @@ def _first_whole(files: Sequence[Path]) -> tuple[Path, dict[str, Any] | None, li
 def _rebuilt(consumed_samples: int) -> str:
     return (
         f"warning: no record tells in which order the {consumed_samples:,} consumed samples came ({FILE}): "
-        "they are taken to be those of today's seed, split and weights. If these have changed since, some samples "
-        "will be seen twice and some not at all"
+        "they are taken to be those of today's seed, split and weights. If these have changed since, some "
+        "samples will be seen twice and some not at all"
     )
 
 
