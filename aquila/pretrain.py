@@ -138,7 +138,6 @@ def train(
         log=log,
         state=state,
         seq_length=effective.seq_length,
-        synchronize=backend.synchronize,
     ).run()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import aquila
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.data.indexfile import Index, read_index, read_tokens, sync
 from aquila.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 

@@ -46,7 +46,6 @@ class Trainer:
     log: RunLog | None
     state: TrainState
     seq_length: int
-    synchronize: Callable[[], None]
     timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
@@ -88,7 +87,6 @@ class Trainer:
             notices=(*requests, self.checkpointer.written),
             spike_above=self._spike_above(),
         )
-        self.synchronize()
         self.timer.stop(result.forward_seconds)
         if result.skipped:
             self._explain(result)
