@@ -9,7 +9,7 @@ import yaml
 
 from aquila.config.deepspeed import DeepSpeedFile
 from aquila.config.model import ModelConfig, load_model_config
-from aquila.config.run import RunConfig, find_config
+from aquila.config.run import RunConfig, as_blend, find_config
 from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
 from aquila.core.errors import UserError
 
@@ -193,10 +193,7 @@ def _merge(
 
 
 def _split_prefix(key: str, value: Any) -> Any:
-    if key != "data_prefix" or not isinstance(value, str):
-        return value
-    # A path with blanks in it is one path, where there is such a dataset.
-    return [value] if Path(f"{value}.idx").is_file() else value.split()
+    return as_blend(value) if key == "data_prefix" and isinstance(value, str) else value
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -206,10 +203,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if key not in RunConfig.model_fields:
         known = nearest(key, list(RunConfig.model_fields))
         raise UserError(f"'{_short(text)}' on the command line: unknown key '{key}'{known}")
-    parsed = (
-        value if RunConfig.model_fields[key].annotation is str else parse_yaml(value, f"'{_short(text)}'")
-    )
-    return key, parsed
+    if RunConfig.model_fields[key].annotation is str:
+        return key, value
+    return key, parse_yaml(value, f"'{_short(text)}'")
 
 
 def _short(text: str) -> str:

@@ -328,8 +328,8 @@ def test_any_json_value_anywhere_is_used_or_named(tmp_path_factory, data) -> Non
 @pytest.mark.parametrize(
     ("text", "value"),
     [("0200", 200), ("1:30", "1:30"), ("98:2", "98:2"), ("0o17", 15), ("0x10", 16), ("1_000", 1000),
-     ("1e3", 1000.0), ("-7", -7), ("1.5", 1.5), (".5", 0.5), ("190:20:30.15", "190:20:30.15"), ("0b11", "0b11"),
-     ("09", 9)],
+     ("1e3", 1000.0), ("-7", -7), ("1.5", 1.5), (".5", 0.5), ("190:20:30.15", "190:20:30.15"),
+     ("0b11", "0b11"), ("09", 9)],
 )  # fmt: skip
 def test_numbers_of_yaml_are_what_they_look_like(text: str, value: object) -> None:
     assert parse_yaml(text, "x") == value
