@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,15 @@ class StepResult:
     bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
+
+
+class Evaluation(NamedTuple):
+    """Of the counted tokens of all ranks: mean loss in nats, how many they are, UTF-8 bytes of their text."""
+
+    loss: float
+    tokens: float
+    bytes: float
+    """0 where bytes are not known."""
 
 
 @contextmanager
@@ -243,17 +252,24 @@ class Engine:
         return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
-        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
-        total, count = 0.0, 0.0
+    def evaluate(
+        self, batches: Iterator[MicroBatch], token_bytes: torch.Tensor | None = None
+    ) -> Evaluation | None:
+        """The counted tokens of `batches` over all ranks, None without any; changes nothing.
+
+        token_bytes: float32 (vocabulary,), UTF-8 bytes of each id.
+        """
+        total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
             counted = batch.loss_mask.sum().item()
             total += self._loss(self.model, batch).item() * counted
             count += counted
+            if token_bytes is not None:
+                size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
         self.model.train()
-        totals, counts = self.gather(total, count)
-        return sum(totals) / sum(counts) if sum(counts) else None
+        totals, counts, sizes = self.gather(total, count, size)
+        return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
