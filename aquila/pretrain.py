@@ -71,6 +71,8 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    if effective.run.deterministic:
+        backend.make_deterministic()
     if effective.run.fp8:
         fp8.load()  # what does not load says so before anything is written
     if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
@@ -173,7 +175,7 @@ def build_model(
         z_loss=run.z_loss,
         device=device,
         dtype=PRECISIONS[run.precision],
-        seed=run.seed,
+        seed=None if resume is not None or run.bmt_pre_load else run.seed,
     )
     if resume is not None:
         load_weights(model, resume)
@@ -256,7 +258,8 @@ def describe(
     """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
-    variables = [f"{name}={os.environ[name]}" for name in backend.ENVIRONMENT_DEFAULTS if name in os.environ]
+    told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
+    variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (

@@ -86,6 +86,8 @@ class RunConfig(StrictModel):
     """What those layers recompute: all of the layer, or all but attention."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on devices that have others; slower there."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
