@@ -21,10 +21,11 @@ from aquila.config import Device, EffectiveConfig, load_run_config
 from aquila.config.run import as_blend
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
+from aquila.core.run_folder import check_experiment
 from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
-from aquila.data.order import continue_order, record_order
+from aquila.data.order import FILE, continue_order, order_files, order_text
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
 from aquila.tokenizer import has_tokenizer, load_tokenizer
@@ -61,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    check_experiment(arguments.experiment)
+    check_experiment(arguments.version, "--version")
     requests = Requests()
     requests.install()
     backend = get_backend(detect())
@@ -105,12 +108,12 @@ def train(
         model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
     )
     state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
-    lines = continue_order(run_dir, corpora.train, state.consumed_samples)
+    lines = continue_order(order_files(run_dir, folder), corpora.train, state.consumed_samples)
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     closing.callback(watchdog.close)
     log, after_save = None, lambda checkpoint: None
     if rank == 0:
-        record_order(run_dir, corpora.train)
+        write_atomically(run_dir / FILE, order_text(corpora.train))
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
         say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
@@ -133,7 +136,9 @@ def train(
         batches=batches,
         evaluate=make_evaluator(effective, engine, held_out, shares) if held_out else None,
         documents_of=partial(documents_of, corpora.train),
-        checkpointer=Checkpointer(run_dir, engine, effective, rank, world_size),
+        checkpointer=Checkpointer(
+            run_dir, engine, effective, rank, world_size, beside={FILE: order_text(corpora.train)}
+        ),
         after_save=after_save,
         watchdog=watchdog,
         requests=requests,
