@@ -1,5 +1,7 @@
 """The run: every key of the YAML file and of `key=value`, typed, with its meaning beside it."""
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +38,8 @@ class RunConfig(StrictModel):
     """Tokens a sample; the model's `max_seq_len` when absent."""
     seed: NonNegativeInt = 2023
     """Seed of data order and of weights that start from scratch."""
+    valid_data: dict[str, str | list[str | float]] = Field({})
+    """Validation sets beside the split's, each evaluated whole or to `eval_iters`: name and dataset(s)."""
     document_mask: bool = False
     """Attention stays within a document when several share a sample."""
 
@@ -82,6 +86,8 @@ class RunConfig(StrictModel):
     """What those layers recompute: all of the layer, or all but attention."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on devices that have others; slower there."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -117,7 +123,11 @@ class RunConfig(StrictModel):
     eval_interval: NonNegativeInt = 1000
     """Steps between evaluations on the validation split; 0 never."""
     eval_iters: PositiveInt = 20
-    """Micro steps of one evaluation on each device, at most."""
+    """Sixteens of samples of one evaluation of each set, at most, whatever the batch size and devices."""
+    eval_at_start: bool = True
+    """Evaluate before the first step as well, unless `eval_interval` is 0."""
+    eval_at_end: bool = True
+    """Evaluate after the last step as well, unless `eval_interval` is 0."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb: bool = False
@@ -133,6 +143,11 @@ class RunConfig(StrictModel):
     hang_timeout: NonNegativeFloat = 1800
     """Seconds without a finished step after which the whole run ends with every rank's stack; 0 never."""
 
+    save_timeout: NonNegativeFloat = 7200
+    """Seconds that writing a checkpoint may take before it counts as standing still; 0 for ever."""
+    group_timeout: PositiveFloat = 1800
+    """Seconds that ranks wait for one another in a single exchange."""
+
     # Nodes (read by the launch scripts)
     max_restarts: NonNegativeInt = 0
     """How often ranks are started again from the newest checkpoint after a failure or a lost node."""
@@ -147,6 +162,8 @@ class RunConfig(StrictModel):
     def _consistent(self) -> "RunConfig":
         parse_split(self.split)
         parse_blend(self.data_prefix)
+        for name, blend in self.valid_data.items():
+            _check_set(name, blend)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
         return self
@@ -156,9 +173,36 @@ class RunConfig(StrictModel):
         """Learning rate at the end of the decay."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
+    @property
+    def datasets(self) -> list[str]:
+        """Every dataset that the run reads, each once."""
+        blends = [self.data_prefix, *map(as_blend, self.valid_data.values())]
+        return list(dict.fromkeys(prefix for blend in blends for prefix in parse_blend(blend)[0]))
+
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step over all devices."""
         return self.batch_size * self.gradient_accumulation_steps * world_size
+
+
+def as_blend(data: str | list[str | float]) -> list[str | float]:
+    """Paths, or weights and paths in turn, from a list or from one text of words.
+
+    A text with blanks is one path where there is such a dataset.
+    """
+    if not isinstance(data, str):
+        return data
+    return [data] if Path(f"{data}.idx").is_file() else list(data.split())
+
+
+def _check_set(name: str, blend: str | list[str | float]) -> None:
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or name == "split":
+        raise ValueError(
+            f"valid_data: {name!r} cannot name a set; use letters, digits, '.', '_', '+' and '-', not 'split'"
+        )
+    try:
+        parse_blend(as_blend(blend))
+    except ValueError as error:
+        raise ValueError(f"valid_data: {name}: {error}") from None
 
 
 def parse_split(split: str) -> list[float]:
@@ -167,6 +211,8 @@ def parse_split(split: str) -> list[float]:
         shares = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
         raise ValueError(f"split '{split}': give shares of train, valid[, test], such as '90,10'") from None
+    if not all(map(math.isfinite, shares)):
+        raise ValueError(f"split '{split}': a share is not a finite number")
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
         raise ValueError(f"split '{split}': give one to three shares, the first above 0, such as '90,10'")
     shares += [0.0] * (3 - len(shares))
@@ -186,6 +232,8 @@ def parse_blend(data_prefix: list[str | float]) -> tuple[list[str], list[float] 
     if not in_turn:
         raise ValueError("data_prefix: give paths only, or a weight before every path: [0.7, a, 0.3, b]")
     chosen = [weight for weight in weights if weight is not None]
+    if not all(map(math.isfinite, [*chosen, sum(chosen)])):
+        raise ValueError("data_prefix: a weight is not a finite number")
     if min(chosen) <= 0:
         raise ValueError("data_prefix: weights must be above 0; leave out what is not wanted")
     return [str(path) for path in data_prefix[1::2]], chosen
