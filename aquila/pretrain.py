@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, p
 from aquila.config.run import as_blend
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
+from aquila.core.run_folder import check_experiment
 from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
-from aquila.data.order import continue_order, record_order
+from aquila.data.order import FILE, continue_order, order_files, order_text
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
 from aquila.tokenizer import has_tokenizer, load_tokenizer
@@ -66,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    check_experiment(arguments.experiment)
+    check_experiment(arguments.version, "--version")
     requests = Requests()
     requests.install()
     backend = get_backend(detect())
@@ -73,6 +77,8 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    if effective.run.deterministic:
+        backend.make_deterministic()
     if effective.run.fp8:
         fp8.load()  # what does not load says so before anything is written
     if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
@@ -109,12 +115,12 @@ def train(
         model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
     )
     state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
-    lines = follow_blends(run, corpora.train, schedule, state, run_dir)
+    lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     closing.callback(watchdog.close)
     log, after_save = None, lambda checkpoint: None
     if rank == 0:
-        record_order(run_dir, corpora.train)
+        write_atomically(run_dir / FILE, order_text(corpora.train))
         record_start(run_dir, effective, state, folder, world_size)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
@@ -138,7 +144,9 @@ def train(
         batches=batches,
         evaluate=make_evaluator(effective, engine, held_out, shares) if held_out else None,
         documents_of=partial(documents_of, corpora.train),
-        checkpointer=Checkpointer(run_dir, engine, effective, rank, world_size),
+        checkpointer=Checkpointer(
+            run_dir, engine, effective, rank, world_size, beside={FILE: order_text(corpora.train)}
+        ),
         after_save=after_save,
         watchdog=watchdog,
         requests=requests,
@@ -175,7 +183,7 @@ def build_model(
         z_loss=run.z_loss,
         device=device,
         dtype=PRECISIONS[run.precision],
-        seed=run.seed,
+        seed=None if resume is not None or run.bmt_pre_load else run.seed,
     )
     if resume is not None:
         load_weights(model, resume)
@@ -219,12 +227,12 @@ def open_log(
 
 
 def follow_blends(
-    run: RunConfig, stream: SampleStream, schedule: Schedule, state: TrainState, run_dir: Path
+    run: RunConfig, stream: SampleStream, schedule: Schedule, state: TrainState, recorded: Sequence[Path]
 ) -> list[str]:
     """Lets the stream go on where the run stands, and change as `blend_schedule` says; lines for the user."""
     blends = [(step, stream.shares(*parse_blend(blend))) for step, blend in run.blends]
     stream.begin(next(weights for step, weights in reversed(blends) if step <= state.step))
-    lines = continue_order(run_dir, stream, state.consumed_samples)
+    lines = continue_order(recorded, stream, state.consumed_samples)
     for step, weights in blends:
         if step > state.step:
             start = state.consumed_samples + schedule.samples_between(state.step, step)
@@ -289,7 +297,8 @@ def describe(
     """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
-    variables = [f"{name}={os.environ[name]}" for name in backend.ENVIRONMENT_DEFAULTS if name in os.environ]
+    told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
+    variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
     sizes = ", then ".join(str(samples) for _, samples in schedule.batch_sizes)
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())

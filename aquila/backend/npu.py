@@ -29,6 +29,10 @@ LOGITS_BYTES = reference.LOGITS_BYTES
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
 KEPT = {"one_pass": 1, "statistics": 64}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {
+    "HCCL_DETERMINISTIC": ("true", "strict"),
+    "LCCL_DETERMINISTIC": ("1",),
+}
 OPTIMIZERS = ("torch",)
 # Set where the user has not, before the device is first used; as the vendor's training scripts do, the effect
 # on a device not measured here. Memory segments that grow, unless torch's own variable says something.
@@ -442,6 +446,9 @@ def set_device(local_rank: int) -> torch.device:
             "npu_swiglu and npu_cross_entropy_loss; train on a 910B1 to 910B4 or a later chip"
         )
     return torch.device("npu", local_rank)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 def device_name() -> str:

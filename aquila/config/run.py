@@ -1,5 +1,6 @@
 """The run: every key of the YAML file and of `key=value`, typed, with its meaning beside it."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,6 +99,8 @@ class RunConfig(StrictModel):
     """What those layers recompute: all of the layer, or all but attention."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on devices that have others; slower there."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -204,8 +207,13 @@ class RunConfig(StrictModel):
 
 
 def as_blend(data: str | list[str | float]) -> list[str | float]:
-    """Paths, or weights and paths in turn, from a list or from one text of words."""
-    return list(data.split()) if isinstance(data, str) else data
+    """Paths, or weights and paths in turn, from a list or from one text of words.
+
+    A text with blanks is one path where there is such a dataset.
+    """
+    if not isinstance(data, str):
+        return data
+    return [data] if Path(f"{data}.idx").is_file() else list(data.split())
 
 
 def _check_set(name: str, blend: str | list[str | float]) -> None:
@@ -257,6 +265,8 @@ def parse_split(split: str) -> list[float]:
         shares = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
         raise ValueError(f"split '{split}': give shares of train, valid[, test], such as '90,10'") from None
+    if not all(map(math.isfinite, shares)):
+        raise ValueError(f"split '{split}': a share is not a finite number")
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
         raise ValueError(f"split '{split}': give one to three shares, the first above 0, such as '90,10'")
     shares += [0.0] * (3 - len(shares))
@@ -276,6 +286,8 @@ def parse_blend(data_prefix: list[str | float]) -> tuple[list[str], list[float] 
     if not in_turn:
         raise ValueError("data_prefix: give paths only, or a weight before every path: [0.7, a, 0.3, b]")
     chosen = [weight for weight in weights if weight is not None]
+    if not all(map(math.isfinite, [*chosen, sum(chosen)])):
+        raise ValueError("data_prefix: a weight is not a finite number")
     if min(chosen) <= 0:
         raise ValueError("data_prefix: weights must be above 0; leave out what is not wanted")
     return [str(path) for path in data_prefix[1::2]], chosen

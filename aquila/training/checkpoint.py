@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, while training goes on.
 
 A checkpoint `checkpoints/step-00001000/` holds the model folder of that step (`model.safetensors`,
-`config.json`, the tokenizer's files: `generate.py` and `AquilaModel.from_pretrained` take it as it
-is), `deepspeed/` with each rank's share of master weights and optimizer state, `rng/` with each
-rank's random state, `state.json`, and `manifest.json` with size and checksum of every file.
+`config.json`, the tokenizer's files: `generate.py` and `AquilaModel.from_pretrained` take it as it is),
+`deepspeed/` with each rank's share of master weights and optimizer state, `rng/` with each rank's random
+state, `state.json`, `data_order.json` with the samples consumed so far, and `manifest.json` with size
+and checksum of every file.
 
 `begin` copies the state into host memory and starts a thread that writes, syncs and sums this rank's
 files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
@@ -63,13 +64,22 @@ class Checkpointer:
     """Writes the checkpoints of one run folder, all ranks together; one at a time."""
 
     def __init__(
-        self, run_dir: Path, engine: Engine, effective: EffectiveConfig, rank: int, world_size: int
+        self,
+        run_dir: Path,
+        engine: Engine,
+        effective: EffectiveConfig,
+        rank: int,
+        world_size: int,
+        *,
+        beside: dict[str, str] | None = None,
     ) -> None:
+        """beside: further files of every checkpoint, name to text."""
         self.folder = run_dir / FOLDER
         self._engine = engine
         self._effective = effective
         self._rank = rank
         self._world_size = world_size
+        self._beside = beside or {}
         self._save: _Save | None = None
         self.stall_seconds = 0.0
         """How long training stood still for saving, since this was last set to 0."""
@@ -159,7 +169,8 @@ class Checkpointer:
             for name in MODEL_FILES:
                 if (self._effective.model_dir / name).is_file():
                     shutil.copyfile(self._effective.model_dir / name, save.partial / name)
-            (save.partial / STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for name, text in {**self._beside, STATE: json.dumps(facts, indent=1)}.items():
+                (save.partial / name).write_text(text, encoding="utf-8")
             mine += [path for path in save.partial.iterdir() if path.is_file() and path not in before]
         if generators is not None:
             mine.append(save.partial / "rng" / f"rank-{self._rank:05d}.pt")

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aquila.core.checkpoints import write_atomically
+from aquila.core.text_files import parse_json
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import StepResult
 from aquila.training.evaluation import Scores
@@ -184,6 +186,11 @@ class RunLog:
             parts.append(f"SKIPPED ({reason})")
         return " | ".join(parts)
 
+    def sync(self) -> None:
+        """Puts on the disk what is written so far, as the checkpoint is that goes with it."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
     def draw(self) -> None:
         """Refreshes loss.png and throughput.png; a plot that fails never stops a run."""
         try:
@@ -235,21 +242,29 @@ def _number(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of a metrics.jsonl; lines that are none, such as one cut short by a crash, are left out."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = parse_json(line)
+            except ValueError:
                 continue
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drops records later than `step`: the resumed run takes those steps again."""
+    if not path.is_file():
+        return
     records = read_metrics(path)
     # A run that begins anew evaluates anew: what stands for step 0 goes, too.
     kept = [record for record in records if 0 < step >= record["step"]]
-    if path.is_file() and (len(kept) < len(records) or not path.read_bytes().endswith(b"\n")):
+    content = path.read_bytes()
+    odd = len(content.splitlines()) - len(records)
+    if odd:
+        say(f"warning: {path}: {odd} line(s) are no records, and are dropped")
+    if odd or len(kept) < len(records) or (content and not content.endswith(b"\n")):
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

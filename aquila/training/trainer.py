@@ -171,6 +171,7 @@ class Trainer:
         self.checkpointer.stall_seconds = 0.0
         self.watchdog.beat(self.state.step)
         if self.log is not None:
+            self.log.sync()
             self.log.draw()
         return saved
 
