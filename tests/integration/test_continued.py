@@ -120,7 +120,7 @@ def test_a_steered_run_stops_twice_and_goes_on_exactly(project: Path) -> None:
         f"data_prefix={first}", f"blend_schedule={{5: [0.7, {SECOND}, 0.3, {first}]}}",
         "skip_steps=[4, 9-10]",
         "batch_size_schedule={0: 4, 3: 8, 8: 12}", "rewarm_from=6", "rewarm_iters=3", "lr_decay_style=wsd",
-        "wsd_start=9", "split=100", "log_interval=5", "warm_up_iters=0",
+        "wsd_start=9", "split=100", "log_interval=6", "warm_up_iters=0",
     ]  # fmt: skip
     status, output = train(project, "steered", *steering)
     assert status == 0, output
