@@ -79,7 +79,8 @@ def main() -> int:
         check_datasets(effective.run.datasets, effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
     with ExitStack() as closing:
-        rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device))
+        timeout = effective.run.group_timeout
+        rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device, timeout))
         return train(effective, backend, device, run_dir, rank, world_size, requests, closing)
 
 
@@ -110,6 +111,7 @@ def train(
     state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
     lines = continue_order(order_files(run_dir, folder), corpora.train, state.consumed_samples)
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
+    engine.alive = watchdog.alive
     closing.callback(watchdog.close)
     log, after_save = None, lambda checkpoint: None
     if rank == 0:

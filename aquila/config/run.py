@@ -143,6 +143,11 @@ class RunConfig(StrictModel):
     hang_timeout: NonNegativeFloat = 1800
     """Seconds without a finished step after which the whole run ends with every rank's stack; 0 never."""
 
+    save_timeout: NonNegativeFloat = 7200
+    """Seconds that writing a checkpoint may take before it counts as standing still; 0 for ever."""
+    group_timeout: PositiveFloat = 1800
+    """Seconds that ranks wait for one another in a single exchange."""
+
     # Nodes (read by the launch scripts)
     max_restarts: NonNegativeInt = 0
     """How often ranks are started again from the newest checkpoint after a failure or a lost node."""

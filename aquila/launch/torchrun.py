@@ -94,6 +94,7 @@ class Ranks:
             filter(None, [start.root, environment.get("PYTHONPATH", "")])
         )
         environment["PYTHONUNBUFFERED"] = "1"
+        environment["PYTHONUTF8"] = "1"  # our files are UTF-8, whatever the node's locale
         environment[MARK] = start.mark
         orders = {
             "node": start.node,

@@ -13,8 +13,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -30,6 +32,7 @@ from aquila.training.deepspeed.zero_step import make_lean
 from aquila.training.nonfinite import GradientCheck
 
 Result = TypeVar("Result")
+_TELL_SECONDS = 1.0
 SHARDS = "deepspeed"
 """Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
 
@@ -75,9 +78,10 @@ class Evaluation(NamedTuple):
 
 
 @contextmanager
-def processes(communication: str, device: torch.device) -> Iterator[tuple[int, int]]:
+def processes(communication: str, device: torch.device, timeout: float) -> Iterator[tuple[int, int]]:
     """The process group of this run, as (rank, world size); destroyed at the end.
 
+    timeout: seconds that ranks wait for one another in one collective.
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without
     them this process is a world of one.
     """
@@ -98,7 +102,12 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=communication, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=communication,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -106,18 +115,34 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
             dist.destroy_process_group()
 
 
-def on_first_rank(function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+def on_first_rank(function: Callable[[], Result], alive: Callable[[], None] = lambda: None) -> Result:
+    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank.
+
+    It may take longer than the group's timeout: rank 0 tells the others every second that it goes on, and
+    each calls `alive`.
+    """
+    first = dist.get_rank() == 0
+    with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
+        work = pool.submit(function) if first else None
+        while True:
+            outcome: list[Any] = [False, None, None]
+            if work is not None and wait([work], timeout=_TELL_SECONDS).done:
+                outcome = [True, *_result(work)]
+            dist.broadcast_object_list(outcome, src=0)
+            done, result, problem = outcome
+            if done:
+                break
+            alive()
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def _result(work: Future) -> tuple[Any, str | None]:
+    try:
+        return work.result(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def _free_port() -> int:
@@ -175,6 +200,8 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self.alive: Callable[[], None] = lambda: None
+        """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
         seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
         if world_size > 1 and not seen:
@@ -265,6 +292,7 @@ class Engine:
             counted = batch.loss_mask.sum().item()
             total += self._loss(self.model, batch).item() * counted
             count += counted
+            self.alive()
             if token_bytes is not None:
                 size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
         self.model.train()
