@@ -8,7 +8,11 @@ checkpoint saved, 1 anything else.
 """
 
 import argparse
+import contextlib
+import json
 import os
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +21,7 @@ from types import ModuleType
 import torch
 
 from aquila.backend import detect, fp8, get_backend
-from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, parse_blend
 from aquila.config.run import as_blend
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
@@ -47,6 +51,8 @@ from aquila.training.trainer import Trainer
 from aquila.training.watchdog import Watchdog
 
 OUTPUT = "checkpoints_out"
+HISTORY = "history.jsonl"
+"""Every start of a run, in its folder."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -97,7 +103,8 @@ def train(
     """Builds every part of the run and trains to its end."""
     run = effective.run
     on_first_rank(lambda: prepare(run_dir, effective))
-    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, None)
+    later = [prefix for _, blend in run.blends for prefix in parse_blend(blend)[0]]
+    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, later=later)
     held_out = open_held_out(effective, corpora)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
@@ -109,13 +116,14 @@ def train(
         model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
     )
     state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
-    lines = continue_order(order_files(run_dir, folder), corpora.train, state.consumed_samples)
+    lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     engine.alive = watchdog.alive
     closing.callback(watchdog.close)
     log, after_save = None, lambda checkpoint: None
     if rank == 0:
         write_atomically(run_dir / FILE, order_text(corpora.train))
+        record_start(run_dir, effective, state, folder, world_size)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
         say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
@@ -209,7 +217,7 @@ def open_log(
     return RunLog(
         run_dir,
         total_steps=schedule.total_steps,
-        tokens_per_step=run.global_batch_size(world_size) * effective.seq_length,
+        tokens_per_step=schedule.samples_of(resumed_step + 1) * effective.seq_length,
         samples_per_epoch=corpora.train.samples_per_epoch,
         world_size=world_size,
         flops_per_token=effective.model.flops_per_token(effective.seq_length),
@@ -218,6 +226,37 @@ def open_log(
         resumed_step=resumed_step,
         boards=boards,
     )
+
+
+def follow_blends(
+    run: RunConfig, stream: SampleStream, schedule: Schedule, state: TrainState, recorded: Sequence[Path]
+) -> list[str]:
+    """Lets the stream go on where the run stands, and change as `blend_schedule` says; lines for the user."""
+    blends = [(step, stream.shares(*parse_blend(blend))) for step, blend in run.blends]
+    stream.begin(next(weights for step, weights in reversed(blends) if step <= state.step))
+    lines = continue_order(recorded, stream, state.consumed_samples)
+    for step, weights in blends:
+        if step > state.step:
+            start = state.consumed_samples + schedule.samples_between(state.step, step)
+            stream.plan(start, weights)
+            lines.append(f"the blend is to change after step {step:,}, at sample {start:,}")
+    return lines
+
+
+def record_start(
+    run_dir: Path, effective: EffectiveConfig, state: TrainState, checkpoint: Path | None, world_size: int
+) -> None:
+    """One line of `history.jsonl` for each start of the run: from where, on what, with which settings."""
+    start = {
+        "step": state.step,
+        "time": round(time.time(), 3),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "world_size": world_size,
+        "model": str(effective.model_dir),
+        "config": effective.run.model_dump(mode="json"),
+    }
+    with contextlib.suppress(OSError), (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start, ensure_ascii=False) + "\n")
 
 
 def open_held_out(effective: EffectiveConfig, corpora: Corpora) -> dict[str, SampleStream]:
@@ -263,12 +302,13 @@ def describe(
     told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
     variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
+    sizes = ", then ".join(str(samples) for _, samples in schedule.batch_sizes)
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (
         f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}; {kernels}\n"
         f"{environment}"
         f"{train} training and {valid} validation samples of {effective.seq_length} tokens; "
-        f"{schedule.total_steps} steps of {run.global_batch_size(world_size)} samples, "
+        f"{schedule.total_steps} steps of {sizes} samples, "
         f"{schedule.warmup_steps} of them warm-up\n"
         "MFU = tokens/s/device x (6 x (parameters - embedding) + 6 x layers x dim x sequence) / peak FLOP/s"
     )

@@ -22,7 +22,8 @@ MODEL = {
 }  # fmt: skip
 RUN = {
     "data_prefix": "data/demo_text_document", "split": "90,10", "train_iters": STEPS, "lr": 1e-3,
-    "warm_up_iters": 2, "log_interval": 1, "eval_interval": STEPS, "eval_iters": 1, "save_interval": SAVED,
+    "warm_up_iters": 2, "log_interval": 1, "eval_interval": STEPS, "eval_iters": 1, "eval_at_start": False,
+    "save_interval": SAVED,
     "tensorboard": False, "batch_size": 2,
 }  # fmt: skip
 TIMEOUT = 300

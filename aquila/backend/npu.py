@@ -35,19 +35,17 @@ DETERMINISTIC: dict[str, tuple[str, ...]] = {
 }
 OPTIMIZERS = ("torch",)
 # Set where the user has not, before the device is first used; as the vendor's training scripts do, the effect
-# on a device not measured here. Memory segments that grow, unless torch's own variable says something.
+# on a device not measured here.
 # Ranks may come to the first collective half an hour apart (cold disks); a hang is our watchdog's to end.
 ENVIRONMENT_DEFAULTS = {
     "TASK_QUEUE_ENABLE": "2",
     "CPU_AFFINITY_CONF": "1",
-    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
     "HCCL_CONNECT_TIMEOUT": "1800",
     "HCCL_EXEC_TIMEOUT": "3600",
     # Ports that nobody else has, by CANN's own choice: those of a killed run may be bound for a while.
     "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
     "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
 }
-_ALLOCATOR = ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # both set end the process
 
 # What torch does as well here as anything else.
 adamw = reference.adamw
@@ -442,8 +440,7 @@ def set_device(local_rank: int) -> torch.device:
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
     for name, value in ENVIRONMENT_DEFAULTS.items():
-        if name not in _ALLOCATOR or not any(other in os.environ for other in _ALLOCATOR):
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
     torch.npu.set_device(local_rank)
     if _FIRST_GENERATION.fullmatch(device_name()):
         raise UserError(

@@ -275,11 +275,32 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
             f"{json_file.path.name}: train_batch_size is not used: it is batch_size x "
             "gradient_accumulation_steps x devices"
         )
+    _check_steering(effective)
     if not (run.save_optim and run.save_rng):
         left_out = " and ".join(
             n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
         )
         effective.notes.append(f"checkpoints hold no {left_out} state: a resumed run will not be exact")
+
+
+def _check_steering(effective: EffectiveConfig) -> None:
+    """Keys that need one another, whichever layers they come from."""
+    run, sources = effective.run, effective.sources
+    if (run.rewarm_from is None) != (run.rewarm_iters is None):
+        raise UserError("rewarm_from and rewarm_iters go together: from which step, and for how many steps")
+    if run.wsd_start is None:
+        return
+    if run.lr_decay_style != "wsd":
+        raise UserError(
+            f"wsd_start {run.wsd_start} ({sources['wsd_start']}) needs lr_decay_style wsd, not "
+            f"{run.lr_decay_style} ({sources['lr_decay_style']})"
+        )
+    end = run.lr_decay_iters or run.train_iters
+    if end is not None and run.wsd_start >= end:
+        raise UserError(
+            f"wsd_start {run.wsd_start} ({sources['wsd_start']}) is not before step {end}, where the decay "
+            "ends; raise train_iters or lr_decay_iters"
+        )
 
 
 def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:

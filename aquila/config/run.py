@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from aquila.config.strict import StrictModel
+from aquila.core.errors import UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -26,12 +27,18 @@ class RunConfig(StrictModel):
     """Passes over the training split."""
     train_iters: PositiveInt | None = None
     """Optimizer steps of the whole run; overrides `epochs`."""
+    batch_size_schedule: dict[NonNegativeInt, PositiveInt] = Field({})
+    """Samples of a step over all devices, from after a step on: {0: 256, 1000: 512}; by accumulation."""
+    skip_steps: list[str | PositiveInt] = Field([])
+    """Steps whose samples are consumed, but that are not taken: numbers and ranges, [120-130, 200]."""
     exit_interval: PositiveInt | None = None
     """Save and stop with status 75 after every this many steps."""
 
     # Data
     data_prefix: list[str | float] = Field(["indexed_dataset/data/demo_text_document"])
     """Indexed datasets, without .bin/.idx: paths, or weights and paths in turn."""
+    blend_schedule: dict[NonNegativeInt, str | list[str | float]] = Field({})
+    """Other blends in place of `data_prefix`, from after a step on: {1000: [0.5, a, 0.5, b]}."""
     split: str = "90,10"
     """Shares of training, validation and (optionally) test documents."""
     seq_length: PositiveInt | None = None
@@ -54,6 +61,12 @@ class RunConfig(StrictModel):
     """The same in steps; overrides `warm_up`."""
     lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Decay after the warm-up; wsd: stable, then linear over the last `wsd_decay` share."""
+    wsd_start: NonNegativeInt | None = None
+    """Step after which wsd decays, to cool down from any checkpoint; overrides `wsd_decay`."""
+    rewarm_from: NonNegativeInt | None = None
+    """Step after which the learning rate rises from 0 again to its schedule, such as a checkpoint's."""
+    rewarm_iters: PositiveInt | None = None
+    """How many steps it rises then."""
     lr_decay_iters: PositiveInt | None = None
     """Step at which `min_lr` is reached; the run's last step when absent."""
     wsd_decay: Share = 0.1
@@ -164,6 +177,9 @@ class RunConfig(StrictModel):
         parse_blend(self.data_prefix)
         for name, blend in self.valid_data.items():
             _check_set(name, blend)
+        for step, blend in self.blend_schedule.items():
+            _check_blend(f"blend_schedule: {step}", blend)
+        parse_steps(self.skip_steps)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
         return self
@@ -176,8 +192,19 @@ class RunConfig(StrictModel):
     @property
     def datasets(self) -> list[str]:
         """Every dataset that the run reads, each once."""
-        blends = [self.data_prefix, *map(as_blend, self.valid_data.values())]
+        later = [*self.blend_schedule.values(), *self.valid_data.values()]
+        blends = [self.data_prefix, *map(as_blend, later)]
         return list(dict.fromkeys(prefix for blend in blends for prefix in parse_blend(blend)[0]))
+
+    @property
+    def blends(self) -> list[tuple[int, list[str | float]]]:
+        """(step, blend of the steps after it) from step 0 on, in order."""
+        later = {step: as_blend(blend) for step, blend in self.blend_schedule.items()}
+        return sorted(({0: self.data_prefix} | later).items())
+
+    def skips(self, step: int) -> bool:
+        """Whether `skip_steps` names this step, counted from 1."""
+        return any(step in steps for steps in parse_steps(self.skip_steps))
 
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step over all devices."""
@@ -199,10 +226,42 @@ def _check_set(name: str, blend: str | list[str | float]) -> None:
         raise ValueError(
             f"valid_data: {name!r} cannot name a set; use letters, digits, '.', '_', '+' and '-', not 'split'"
         )
+    _check_blend(f"valid_data: {name}", blend)
+
+
+def _check_blend(where: str, blend: str | list[str | float]) -> None:
     try:
         parse_blend(as_blend(blend))
     except ValueError as error:
-        raise ValueError(f"valid_data: {name}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
+
+
+def parse_steps(steps: list[str | int]) -> list[range]:
+    """Numbers and ranges 'a-b', both ends included. Raises `ValueError` for anything else."""
+    ranges = []
+    for text in steps:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(f"skip_steps: {text!r} is no step and no range of steps, such as 120-130")
+        ranges.append(range(first, last + 1))
+    return ranges
+
+
+def batch_sizes(run: RunConfig, world_size: int) -> list[tuple[int, int]]:
+    """(step, samples of each step after it) from step 0 on, in order.
+
+    Raises `UserError` for a size of `batch_size_schedule` that `world_size` devices cannot share.
+    """
+    micro = run.batch_size * world_size
+    for step, samples in run.batch_size_schedule.items():
+        if samples % micro:
+            raise UserError(
+                f"batch_size_schedule: {step}: {samples} samples do not divide by batch_size x devices = "
+                f"{micro}; near ones that do are {max(1, samples // micro) * micro} "
+                f"and {(samples // micro + 1) * micro}"
+            )
+    return sorted(({0: run.global_batch_size(world_size)} | run.batch_size_schedule).items())
 
 
 def parse_split(split: str) -> list[float]:

@@ -154,7 +154,7 @@ def _same_weights(before: dict[str, float], now: dict[str, float]) -> bool:
 
 def _changes(stream: SampleStream, before: dict[str, float], consumed: dict[str, int]) -> list[str]:
     lines = []
-    for corpus in stream.corpora:
+    for corpus in (corpus for corpus in stream.corpora if corpus.prefix in stream.weights):
         name, taken = corpus.prefix, consumed.get(corpus.prefix, 0)
         was = f"weight {before[name]:.4g} -> " if name in before else "new, weight "
         lines.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config.run import batch_sizes
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
@@ -123,6 +124,8 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
             found["device"], tuple(found["precisions"]), found["fp8"], found.get("overlap_comm", True)
         )
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
+    if checked.nodes:
+        batch_sizes(checked.config.run, sum(node.slots for node in checked.nodes))
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 
 

@@ -107,6 +107,12 @@ class RunLog:
         counted = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
         self._record({"step": state.step, "total_steps": self._total_steps} | counted | rest, scores)
 
+    def passed_over(self, state: TrainState, scores: Scores | None) -> None:
+        """A step of `skip_steps`: its samples are consumed, and there is no loss."""
+        counted = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
+        skip = {"skipped": True, "skip_reason": "skip_steps"}
+        self._record({"step": state.step, "total_steps": self._total_steps} | counted | skip, scores)
+
     def step(
         self,
         state: TrainState,
@@ -114,10 +120,11 @@ class RunLog:
         learning_rate: float,
         timer: StepTimer,
         scores: Scores | None = None,
+        tokens: int | None = None,
     ) -> None:
-        """One logged step. Rates count the steps' own time alone."""
+        """One logged step of `tokens`. Rates count the steps' own time alone."""
         step_seconds, rest = timer.take()
-        rate = self._tokens_per_step / step_seconds if step_seconds else 0.0
+        rate = (tokens or self._tokens_per_step) / step_seconds if step_seconds else 0.0
         per_device = rate / self._world_size
         record: dict[str, Any] = {
             "step": state.step,
@@ -175,7 +182,8 @@ class RunLog:
             if name in record:
                 parts.append(f"{what} {record[name]:.2f} s")
         if record.get("skipped"):
-            parts.append(f"SKIPPED (loss scale {record['loss_scale']:g})")
+            reason = record.get("skip_reason") or f"loss scale {record['loss_scale']:g}"
+            parts.append(f"SKIPPED ({reason})")
         return " | ".join(parts)
 
     def sync(self) -> None:

@@ -79,24 +79,26 @@ class Trainer:
 
     def _step(self) -> StepResult:
         self.timer.start()
-        micro_batches = [next(self.batches) for _ in range(self.config.gradient_accumulation_steps)]
+        step = self.state.step + 1
+        samples = self.schedule.samples_of(step)
+        micro_steps = samples // (self.config.batch_size * self.engine.world_size)
+        micro_batches = [next(self.batches) for _ in range(micro_steps)]
         requests, self.requests.save = (self.requests.stop, self.requests.save), False
-        result = self.engine.train_step(
-            micro_batches,
-            self.schedule.learning_rate(self.state.step + 1),
-            notices=(*requests, self.checkpointer.written),
-            spike_above=self._spike_above(),
-        )
-        self.timer.stop(result.forward_seconds)
+        notices = (*requests, self.checkpointer.written)
+        if self.config.skips(step):
+            result = self.engine.pass_over(notices)
+        else:
+            rate, above = self.schedule.learning_rate(step), self._spike_above()
+            result = self.engine.train_step(micro_batches, rate, notices=notices, spike_above=above)
+            self.timer.stop(result.forward_seconds)
         if result.skipped:
             self._explain(result)
-        samples = self.config.global_batch_size(self.engine.world_size)
         self.state.advance(
             samples,
             samples * self.seq_length,
             result.loss,
             skipped=result.skipped,
-            bad=result.skipped and not result.spike and not self._scale_may_fall(result),
+            bad=result.skipped and not (result.spike or result.passed_over or self._scale_may_fall(result)),
         )
         self.watchdog.beat(self.state.step)
         return result
@@ -133,11 +135,18 @@ class Trainer:
             self.log.start(self.state, self.timer, scores)
 
     def _log(self, result: StepResult, scores: Scores | None) -> None:
-        first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
-        due = first or self._due(self.config.log_interval) or scores is not None or result.skipped
-        if self.log is not None and due:
-            rate = self.schedule.learning_rate(self.state.step)
-            self.log.step(self.state, result, rate, self.timer, scores)
+        step = self.state.step
+        tokens = self.schedule.samples_of(step) * self.seq_length
+        # The first is where the loss starts, and a launcher waits for it. Between two lines all steps have
+        # one size, so that rates, and the samples of a step, can be told from them.
+        due = step == 1 or self._due(self.config.log_interval) or scores is not None or result.skipped
+        due = due or tokens != self.schedule.samples_of(step + 1) * self.seq_length
+        if self.log is None or not due:
+            return
+        if result.passed_over:
+            self.log.passed_over(self.state, scores)
+        else:
+            self.log.step(self.state, result, self.schedule.learning_rate(step), self.timer, scores, tokens)
 
     def _save(self, saved: int) -> int:
         """Begins a save, after the one in flight; returns the newest step that is safely saved."""
@@ -170,7 +179,9 @@ class Trainer:
         """Says which step was skipped, why, on whose account, and what was read."""
         if self.log is None:
             return
-        step, ranks = self.state.step + 1, self.engine.world_size
+        step = self.state.step + 1
+        if result.passed_over:
+            return  # its line says so
         if result.spike:
             reason = f"loss {result.loss:.3f} is a spike over its mean {self.state.mean_loss:.3f}"
         elif self._scale_may_fall(result):
@@ -180,7 +191,7 @@ class Trainer:
         else:
             reason = what_is_not_finite(result.rank_losses, result.bad_gradient_ranks)
         first = self.state.consumed_samples
-        samples = range(first, first + self.config.global_batch_size(ranks))
+        samples = range(first, first + self.schedule.samples_of(step))
         batch = self.documents_of(samples)
         self._say(f"warning: step {step} is skipped on all ranks: {reason}; its batch: {batch}")
 

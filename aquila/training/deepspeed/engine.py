@@ -66,6 +66,8 @@ class StepResult:
     bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
+    passed_over: bool = False
+    """Not taken because the run says so (`skip_steps`): no loss is known."""
 
 
 class Evaluation(NamedTuple):
@@ -235,6 +237,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._accumulate(len(batches))
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
@@ -273,6 +276,31 @@ class Engine:
             any_notice=[any(column) for column in flags],
             all_notice=[all(column) for column in flags],
         )
+
+    def pass_over(self, notices: Sequence[bool]) -> StepResult:
+        """A step that is not taken: nothing changes, and the notices travel all the same."""
+        flags = self.gather(*notices)
+        return StepResult(
+            loss=math.nan,
+            grad_norm=math.nan,
+            loss_scale=self.loss_scale,
+            skipped=True,
+            spike=False,
+            rank_losses=[],
+            forward_seconds=[],
+            bad_gradient_ranks=[],
+            any_notice=[any(column) for column in flags],
+            all_notice=[all(column) for column in flags],
+            passed_over=True,
+        )
+
+    def _accumulate(self, micro_steps: int) -> None:
+        """Lets DeepSpeed's next step be that many micro steps."""
+        if micro_steps == self._engine.gradient_accumulation_steps():
+            return
+        micro_batch = self._engine.train_micro_batch_size_per_gpu()
+        self._engine.set_train_batch_size(micro_steps * micro_batch * self.world_size)
+        self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
 
     @staticmethod
     def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
