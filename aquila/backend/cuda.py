@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ LOGITS_BYTES = {2: 1 << 30, 4: 1 << 30, 8: 1 << 30}
 OVERLAP_COMM = True
 SQUARES = 1024  # summed in fp32
 KEPT = {"one_pass": 0, "statistics": 4, "logits_bytes": LOGITS_BYTES[2]}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8")}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -93,6 +94,11 @@ def attention(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`, in one kernel; it rounds once where the definition rounds twice."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, by torch's fused attention."""
+    return common.step_attention(qkv, kv, rows, rotary)
 
 
 def cross_entropy_(
@@ -233,6 +239,9 @@ def set_device(local_rank: int) -> torch.device:
         raise ValueError(f"local rank {local_rank} has no GPU: {device_count()} are visible")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 def device_name() -> str:

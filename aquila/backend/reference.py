@@ -4,10 +4,11 @@ Shapes: B batch, S query positions, T key positions, H query heads, K key heads,
 V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tests use as the truth).
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +199,60 @@ def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     if scale is None:
         return torch.nn.functional.linear(x, weight)
     return (torch.nn.functional.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
+
+
+class StepRows(NamedTuple):
+    """Where the rows of a generation step stand: row i's new token is at position lengths[i]."""
+
+    lengths: list[int]
+    places: Tensor  # the same, int64 (n,)
+    cos: Tensor  # of these positions, fp32 (n, D / 2)
+    sin: Tensor
+
+
+def step_attention(qkv: Tensor, kv: Tensor, rows: StepRows) -> Tensor:
+    """Attention of each row's new token over its row of the cache: (n, H D).
+
+    qkv (n, H + 2 K, D): queries, keys and values of the new tokens, not yet turned; it may be overwritten.
+    kv (n, 2 K, room, D): keys, then values, of one layer. The new ones are put in at `rows.places`.
+    """
+    return attend_by_runs(qkv, kv, rows, rotary, _attend_plainly)
+
+
+def attend_by_runs(qkv: Tensor, kv: Tensor, rows: StepRows, rotate: Callable, attend: Callable) -> Tensor:
+    """`step_attention` with a device's own `rotate` (as `rotary`) and `attend`.
+
+    `attend` takes q (n, K, H / K, D), k and v (n, K, T, D) of rows of one length. Neighbouring rows of one
+    length attend together and not under a mask with others: the sum over more places, be they masked, rounds
+    another way, and in bf16 a row would then depend on its neighbours.
+    """
+    kv_heads = kv.shape[1] // 2
+    heads = qkv.shape[1] - 2 * kv_heads
+    turned = rotate(qkv[:, None, : heads + kv_heads], rows.cos[:, None], rows.sin[:, None])[:, 0]
+    new = torch.cat((turned[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
+    runs = _runs(rows.lengths)
+    if len(runs) == 1:
+        kv[:, :, rows.lengths[0]] = new
+    else:
+        kv[torch.arange(len(kv), device=kv.device), :, rows.places] = new
+    q = turned[:, :heads].unflatten(1, (kv_heads, -1))  # (n, K, H / K, D)
+    out = [attend(q[run], kv[run, :kv_heads, :seen], kv[run, kv_heads:, :seen]) for run, seen in runs]
+    return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1)
+
+
+def _runs(lengths: list[int]) -> list[tuple[slice, int]]:
+    """Neighbouring rows of one length, and that length with the new token."""
+    runs, start = [], 0
+    for length, rows in itertools.groupby(lengths):
+        stop = start + len(list(rows))
+        runs.append((slice(start, stop), length + 1))
+        start = stop
+    return runs
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = wide(q) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ wide(v)).to(q.dtype)
 
 
 def prepare_weight(weight: Tensor) -> None:

@@ -6,7 +6,7 @@ what it overrode.
 
 from aquila.config.effective import Device, EffectiveConfig, find_model_dir, load_run_config
 from aquila.config.model import ModelConfig, load_model_config
-from aquila.config.run import RunConfig, parse_blend, parse_split, parse_steps
+from aquila.config.run import RunConfig, parse_blend, parse_split
 
 __all__ = [
     "Device",
@@ -18,5 +18,4 @@ __all__ = [
     "load_run_config",
     "parse_blend",
     "parse_split",
-    "parse_steps",
 ]

@@ -59,4 +59,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold a JSON object, not a {type(data).__name__}")
+    if not is_finite(data):
+        raise UserError(f"{path}: holds NaN or an infinite number, which is no JSON")
     return data

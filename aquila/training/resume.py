@@ -175,6 +175,8 @@ def _restore_random_state(file: Path) -> None:
 
 def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, world_size: int) -> str | None:
     """A warning when a step now takes another number of samples than in the checkpoint's run."""
+    if effective.run.batch_size_schedule:
+        return None  # the schedule says how many
     then = facts["batch_size"] * facts["gradient_accumulation_steps"] * facts["world_size"]
     now = effective.run.global_batch_size(world_size)
     if then == now:

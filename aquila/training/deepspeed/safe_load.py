@@ -8,7 +8,6 @@ tensors, numbers, texts, dicts and lists, and beside these only the types of `_a
 Guarded by tests/integration/test_hostile_checkpoint.py, which plants a call in every file of a checkpoint.
 """
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +42,7 @@ def load(file: Any, map_location: Any = "cpu", pickle_module: Any = None, **opti
     try:
         with torch.serialization.safe_globals(_allowed()):
             return _torch_load(file, map_location, **options)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError) as error:
+    except Exception as error:  # damaged bytes make the unpickler fail in every way that Python knows
         raise UserError(
             f"{file}: not read ({_reason(error)}). Files of a checkpoint hold data alone: this one is "
             "damaged, or made to run code, which was not done. Use a copy from a source you know"

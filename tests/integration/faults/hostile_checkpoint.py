@@ -77,7 +77,7 @@ def load(folder: Path) -> None:
 
 def main() -> None:
     source, scratch, mark = map(Path, sys.argv[1:])
-    group = processes("gloo", torch.device("cpu"))
+    group = processes("gloo", torch.device("cpu"), 1800)
     world = group.__enter__()  # for all of them: DeepSpeed does not take a second one in a process
     pretrain.processes = lambda *_: nullcontext(world)
     names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aquila.backend import get_backend
-from aquila.config import parse_steps
+from aquila.config.run import profiled_steps
 from aquila.training.profiler import Kernel, Profiler, kernels_of, report
 
 
@@ -65,10 +65,10 @@ def test_the_steps_that_were_asked_for_are_profiled(tmp_path: Path, from_step: i
 
 @pytest.mark.parametrize(("text", "steps"), [("3-5", range(3, 6)), ("7", range(7, 8))])
 def test_steps(text: str, steps: range) -> None:
-    assert parse_steps(text) == steps
+    assert profiled_steps(text) == steps
 
 
 @pytest.mark.parametrize("text", ["", "-", "5-3", "0-2", "a-b", "1-1000", "1-2-3", "-4", "²-3"])
 def test_what_is_no_range_of_steps_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):
-        parse_steps(text)
+        profiled_steps(text)
