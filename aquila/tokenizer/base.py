@@ -159,7 +159,7 @@ def refusing_surrogates(encode: Callable[[str], np.ndarray], text: str) -> np.nd
     """`encode(text)`, with a `UserError` for the lone surrogate that made it fail."""
     try:
         return encode(text)
-    except (UnicodeEncodeError, TypeError, RuntimeError):  # of tiktoken, tokenizers, sentencepiece
+    except (UnicodeEncodeError, TypeError, RuntimeError):  # of gigatoken, tokenizers, sentencepiece
         place = surrogate_at(text) if isinstance(text, str) else None
         if place is None:
             raise
