@@ -36,16 +36,12 @@ class BytePairTokenizer(Tokenizer):
         self._fast, self.engine = None, "tokenizers, as asked"
         if fast:
             self._fast, self.engine = self._fast_encoder(vocab, merges)
+        self.is_fast = self._fast is not None
 
     def _read(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
         # Read again where needed, not kept: a hundred thousand Python strings in every worker add up.
         vocab = _read_vocab(self._folder / "vocab.json")
         return vocab, _read_merges(self._folder / "merges.txt", vocab)
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether gigatoken computes the ids; `engine` says why, where it does not."""
-        return self._fast is not None
 
     def _fast_encoder(
         self, vocab: dict[str, int], merges: list[tuple[str, str]]
