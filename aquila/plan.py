@@ -24,6 +24,7 @@ from aquila.core.paths import ROOT
 from aquila.planning.memory import (
     ACCELERATOR_FIXED,
     GIB,
+    LARGEST_LOGITS_BYTES,
     Estimate,
     Setup,
     bytes_sent,
@@ -63,6 +64,7 @@ def main() -> int:
         attention="fused" if arguments.attention == "auto" else arguments.attention,
         bucket=arguments.bucket,
         fixed=ACCELERATOR_FIXED,
+        logits_bytes=LARGEST_LOGITS_BYTES,  # the largest of any device's
     )
     if base.seq_length > model.max_seq_len:
         raise UserError(f"--seq-length {base.seq_length} is longer than max_seq_len {model.max_seq_len}")

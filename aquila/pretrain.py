@@ -9,7 +9,6 @@ checkpoint saved, 1 anything else.
 
 import argparse
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,19 +17,23 @@ from types import ModuleType
 import torch
 
 from aquila.backend import detect, fp8, get_backend
-from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
+from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config.run import as_blend
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
-from aquila.data.batches import Batch, Batches
+from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
 from aquila.data.order import continue_order, record_order
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights
+from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import parameter_groups
 from aquila.training.deepspeed.engine import Engine, on_first_rank, processes
+from aquila.training.evaluation import BATCH as EVALUATION_BATCH
+from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
 from aquila.training.lock import lock_run
 from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
@@ -65,11 +68,12 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    if effective.run.deterministic:
+        backend.make_deterministic()
     if effective.run.fp8:
         fp8.load()  # what does not load says so before anything is written
     if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
-        prefixes = parse_blend(effective.run.data_prefix)[0]
-        check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
+        check_datasets(effective.run.datasets, effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
     with ExitStack() as closing:
         rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device))
@@ -90,6 +94,7 @@ def train(
     run = effective.run
     on_first_rank(lambda: prepare(run_dir, effective))
     corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, None)
+    held_out = open_held_out(effective, corpora)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
     resumption = Resumption(folder, effective, world_size) if folder else None
@@ -116,22 +121,17 @@ def train(
         if run.export == "hf":
             after_save = Exporter(run_dir, run.export_every)
             closing.callback(after_save.wait, watchdog.alive)
-    feed = partial(
-        Batches,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=run.batch_size,
-        document_mask=run.document_mask,
-        device=device,
+    shares = (rank, world_size, run.batch_size)
+    batches = Batches(
+        corpora.train, state.consumed_samples, *shares, document_mask=run.document_mask, device=device
     )
-    batches = feed(corpora.train, state.consumed_samples)
     closing.callback(batches.close)
     return Trainer(
         config=run,
         engine=engine,
         schedule=schedule,
         batches=batches,
-        valid_batches=partial(validation, feed, corpora, run.eval_iters, run.batch_size * world_size),
+        evaluate=make_evaluator(effective, engine, held_out, shares) if held_out else None,
         documents_of=partial(documents_of, corpora.train),
         checkpointer=Checkpointer(run_dir, engine, effective, rank, world_size),
         after_save=after_save,
@@ -140,7 +140,6 @@ def train(
         log=log,
         state=state,
         seq_length=effective.seq_length,
-        synchronize=backend.synchronize,
     ).run()
 
 
@@ -171,7 +170,7 @@ def build_model(
         z_loss=run.z_loss,
         device=device,
         dtype=PRECISIONS[run.precision],
-        seed=run.seed,
+        seed=None if resume is not None or run.bmt_pre_load else run.seed,
     )
     if resume is not None:
         load_weights(model, resume)
@@ -214,16 +213,28 @@ def open_log(
     )
 
 
-def validation(feed: partial, corpora: Corpora, iterations: int, samples: int) -> Iterator[Batch]:
-    """The same first micro batches of the validation split each time, at most one pass over it."""
-    if corpora.valid is None or corpora.valid.samples_per_epoch < samples:
-        return
-    batches = feed(corpora.valid, 0)
-    try:
-        for _ in range(min(iterations, corpora.valid.samples_per_epoch // samples)):
-            yield next(batches)
-    finally:
-        batches.close()
+def open_held_out(effective: EffectiveConfig, corpora: Corpora) -> dict[str, SampleStream]:
+    """The validation sets by name: what `split` leaves, and those of `valid_data`; none where never asked."""
+    run = effective.run
+    if run.eval_interval == 0:
+        return {}
+    sets = {SPLIT: corpora.valid} if corpora.valid else {}
+    for name, data in run.valid_data.items():
+        # A seed of its own: runs that differ in theirs can be compared.
+        sets[name] = open_corpora(as_blend(data), "100", effective.seq_length, 0).train
+    return sets
+
+
+def make_evaluator(
+    effective: EffectiveConfig, engine: Engine, sets: dict[str, SampleStream], shares: tuple[int, int, int]
+) -> Evaluator:
+    """shares: this rank, the number of ranks, samples of a micro step."""
+    run, sizes = effective.run, None
+    if has_tokenizer(effective.model_dir):
+        tokenizer = load_tokenizer(effective.model_dir)
+        sizes = token_bytes(tokenizer, effective.model.vocab_size, engine.device)
+    samples = run.eval_iters * EVALUATION_BATCH
+    return Evaluator(engine, sets, samples, *shares, run.document_mask, sizes)
 
 
 def documents_of(stream: SampleStream, samples: range) -> str:
@@ -242,7 +253,8 @@ def describe(
     """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
-    variables = [f"{name}={os.environ[name]}" for name in backend.ENVIRONMENT_DEFAULTS if name in os.environ]
+    told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
+    variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (

@@ -11,7 +11,8 @@ device has. Every module offers:
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
   `OVERLAP_COMM` whether gradients are reduced during backward by default,
-  `KEPT` how operators keep activations (`planning.memory.Setup`'s one_pass and statistics),
+  `KEPT` how operators keep activations (fields of `planning.memory.Setup`),
+  `DETERMINISTIC` the variables of `make_deterministic()`, after which results are the same bit for bit,
   `ENVIRONMENT_DEFAULTS` what `set_device` sets in the environment where the user has not;
 - `fp8_support()` says how linear layers in float8 run ("native", "emulated"), or why they cannot;
   `convert_to_fp8(layers, recipe)` makes them so;

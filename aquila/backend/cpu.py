@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ from aquila.backend.reference import TRIANGLE_BLOCK
 COMMUNICATION = "gloo"
 # Compiled blocks gave 4 to 6 % more tokens/s (dim 512, bf16, two cores) for 8 to 40 s of compiling.
 COMPILE_BLOCKS = False
+LOGITS_BYTES = reference.LOGITS_BYTES
 OVERLAP_COMM = True
 KEPT = {"one_pass": 1, "statistics": 4}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -152,6 +154,9 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 @lru_cache(maxsize=1)

@@ -24,10 +24,15 @@ from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
+LOGITS_BYTES = reference.LOGITS_BYTES
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
 KEPT = {"one_pass": 1, "statistics": 64}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {
+    "HCCL_DETERMINISTIC": ("true", "strict"),
+    "LCCL_DETERMINISTIC": ("1",),
+}
 OPTIMIZERS = ("torch",)
 # Set where the user has not, before the device is first used; as the vendor's training scripts do, the effect
 # on a device not measured here. Memory segments that grow, unless torch's own variable says something.
@@ -38,6 +43,9 @@ ENVIRONMENT_DEFAULTS = {
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
     "HCCL_CONNECT_TIMEOUT": "1800",
     "HCCL_EXEC_TIMEOUT": "3600",
+    # Ports that nobody else has, by CANN's own choice: those of a killed run may be bound for a while.
+    "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+    "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
 }
 _ALLOCATOR = ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # both set end the process
 
@@ -438,6 +446,9 @@ def set_device(local_rank: int) -> torch.device:
             "npu_swiglu and npu_cross_entropy_loss; train on a 910B1 to 910B4 or a later chip"
         )
     return torch.device("npu", local_rank)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 def device_name() -> str:

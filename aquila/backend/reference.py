@@ -131,6 +131,9 @@ def attention_kind(asked: str) -> str:
 # Operators whose results selective recomputation keeps: the two products of plain attention.
 SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
 COMPILE_BLOCKS = False
+LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
+"""Bytes of a chunk of logits, by bytes of a number. Half precision gets more, because fewer chunks mean fewer
+roundings of its weight gradient."""
 OVERLAP_COMM = True
 KEPT = {"one_pass": 0, "statistics": 4}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
@@ -238,30 +241,30 @@ def square_sum(pieces: Iterable[Tensor]) -> Tensor:
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
 
-def adamw(
-    weights: Tensor,
-    master: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, Any],
-    factor: float,
-) -> None:
-    """One AdamW step (arXiv 1711.05101) of flat fp32 `master` and its copy in the training dtype, `weights`.
+AdamBlock = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""weights, master, gradient, exp_avg, exp_avg_sq; all flat; weights and gradient in the training dtype, the
+others in fp32."""
 
-    gradient: in the training dtype, multiplied by `factor` in fp32. moments: exp_avg, exp_avg_sq (fp32, flat)
-    and the step, already counted. settings: a group of the optimizer.
+
+def adamw(
+    blocks: Iterable[AdamBlock], step: Tensor, settings: dict[str, Any], factor: float | Tensor
+) -> None:
+    """One AdamW step (arXiv 1711.05101) of each block's master weights, and their copy in the training dtype.
+
+    Gradients are multiplied by `factor` (a scalar, unscaling and clipping) in fp32. step: fp32 scalar on the
+    device, already counted. settings: a group of the optimizer.
     """
-    wide = gradient.to(master.dtype)
-    if factor != 1.0:
-        wide = wide * factor if wide is gradient else wide.mul_(factor)
-    exp_avg, exp_avg_sq, step = moments
     beta1, beta2 = settings["betas"]
-    torch._fused_adamw_(
-        [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
-        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
-        eps=settings["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
-    weights.copy_(master)
+    for weights, master, gradient, exp_avg, exp_avg_sq in blocks:
+        wide = gradient.to(master.dtype)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            wide = wide * factor if wide is gradient else wide.mul_(factor)
+        torch._fused_adamw_(
+            [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
+            lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
+            eps=settings["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        weights.copy_(master)
 
 
 def fp8_support() -> str:

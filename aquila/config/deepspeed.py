@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aquila.config.strict import nearest, read_json
+from aquila.config.strict import nearest
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 
 # Key of deepspeed.json -> the run key that is the same quantity.
 _SAME = {

@@ -1,5 +1,6 @@
 """The run: every key of the YAML file and of `key=value`, typed, with its meaning beside it."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +37,8 @@ class RunConfig(StrictModel):
     """Tokens a sample; the model's `max_seq_len` when absent."""
     seed: NonNegativeInt = 2023
     """Seed of data order and of weights that start from scratch."""
+    valid_data: dict[str, str | list[str | float]] = Field({})
+    """Validation sets beside the split's, each evaluated whole or to `eval_iters`: name and dataset(s)."""
     document_mask: bool = False
     """Attention stays within a document when several share a sample."""
 
@@ -82,6 +85,8 @@ class RunConfig(StrictModel):
     """What those layers recompute: all of the layer, or all but attention."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on devices that have others; slower there."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -117,7 +122,11 @@ class RunConfig(StrictModel):
     eval_interval: NonNegativeInt = 1000
     """Steps between evaluations on the validation split; 0 never."""
     eval_iters: PositiveInt = 20
-    """Micro steps of one evaluation on each device, at most."""
+    """Sixteens of samples of one evaluation of each set, at most, whatever the batch size and devices."""
+    eval_at_start: bool = True
+    """Evaluate before the first step as well, unless `eval_interval` is 0."""
+    eval_at_end: bool = True
+    """Evaluate after the last step as well, unless `eval_interval` is 0."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb: bool = False
@@ -147,6 +156,8 @@ class RunConfig(StrictModel):
     def _consistent(self) -> "RunConfig":
         parse_split(self.split)
         parse_blend(self.data_prefix)
+        for name, blend in self.valid_data.items():
+            _check_set(name, blend)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
         return self
@@ -156,9 +167,31 @@ class RunConfig(StrictModel):
         """Learning rate at the end of the decay."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
+    @property
+    def datasets(self) -> list[str]:
+        """Every dataset that the run reads, each once."""
+        blends = [self.data_prefix, *map(as_blend, self.valid_data.values())]
+        return list(dict.fromkeys(prefix for blend in blends for prefix in parse_blend(blend)[0]))
+
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step over all devices."""
         return self.batch_size * self.gradient_accumulation_steps * world_size
+
+
+def as_blend(data: str | list[str | float]) -> list[str | float]:
+    """Paths, or weights and paths in turn, from a list or from one text of words."""
+    return list(data.split()) if isinstance(data, str) else data
+
+
+def _check_set(name: str, blend: str | list[str | float]) -> None:
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or name == "split":
+        raise ValueError(
+            f"valid_data: {name!r} cannot name a set; use letters, digits, '.', '_', '+' and '-', not 'split'"
+        )
+    try:
+        parse_blend(as_blend(blend))
+    except ValueError as error:
+        raise ValueError(f"valid_data: {name}: {error}") from None
 
 
 def parse_split(split: str) -> list[float]:

@@ -1,7 +1,6 @@
 """Reading of files and values into typed models, with errors a person can act on."""
 
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_text
 
 
 class StrictModel(BaseModel):
@@ -56,16 +56,6 @@ def parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises `UserError` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises `UserError` for anything else."""
     data = parse_yaml(read_text(path), str(path))
@@ -73,26 +63,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold 'key: value' lines, not a {type(data).__name__}")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` with the line for broken JSON, and for duplicate keys."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: key '{twice}' stands twice; remove one")
-        return result
-
-    try:
-        data = json.loads(read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold a JSON object, not a {type(data).__name__}")
     return data
 
 

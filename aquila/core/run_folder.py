@@ -19,6 +19,7 @@ from typing import Any
 
 from aquila.core.checkpoints import FOLDER, list_checkpoints
 from aquila.core.errors import UserError
+from aquila.core.text_files import parse_json
 
 _EXPERIMENT = re.compile(r"[\w][\w.+-]*$")
 
@@ -92,6 +93,6 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, None when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.data.blend import Segment
 from aquila.data.indexed import SampleStream, open_corpora
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquila.config import Device, EffectiveConfig, load_run_config
-from aquila.config.run import parse_blend
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
@@ -183,8 +182,7 @@ def small_paths(config: EffectiveConfig) -> list[Path]:
 
 def data_paths(config: EffectiveConfig, root: Path) -> list[Path]:
     """What every node must have alike, and is too large to be copied."""
-    prefixes, _ = parse_blend(config.run.data_prefix)
-    return [Path(f"{root / prefix}{end}") for prefix in prefixes for end in (".idx", ".bin")]
+    return [Path(f"{root / prefix}{end}") for prefix in config.run.datasets for end in (".idx", ".bin")]
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -213,7 +211,7 @@ def _weights(config: EffectiveConfig) -> str:
 def _data(config: EffectiveConfig, root: Path) -> str:
     from aquila.data.meta import check_datasets
 
-    prefixes, _ = parse_blend(config.run.data_prefix)
+    prefixes = config.run.datasets
     notes = check_datasets([root / prefix for prefix in prefixes], config.model_dir, config.model.vocab_size)
     if notes:
         raise Warned("; ".join(notes))

@@ -11,6 +11,7 @@ from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
+from aquila.training.evaluation import Scores
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.nonfinite import what_is_not_finite
 from aquila.training.schedule import Schedule
@@ -27,7 +28,7 @@ class Trainer:
     """Everything that a run needs, built; `run` takes it to its end.
 
     batches: this rank's micro batches from `state.consumed_samples` on, without end.
-    valid_batches: makes one evaluation's micro batches, always the same; none without that split.
+    evaluate: the losses of the validation sets, on all ranks together; None without any set.
     documents_of: names the documents of a range of samples, for what is said of a bad step.
     after_save: what else is to be done with a finished checkpoint. log: on rank 0 alone.
     """
@@ -36,7 +37,7 @@ class Trainer:
     engine: Engine
     schedule: Schedule
     batches: Iterator[MicroBatch]
-    valid_batches: Callable[[], Iterator[MicroBatch]]
+    evaluate: Callable[[], Scores] | None
     documents_of: Callable[[range], str]
     checkpointer: Checkpointer
     after_save: Callable[[Path], None]
@@ -45,15 +46,16 @@ class Trainer:
     log: RunLog | None
     state: TrainState
     seq_length: int
-    synchronize: Callable[[], None]
     timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
         """Trains to the end. Returns the exit status: 0 done, 75 stopped on request, 1 gave up."""
         saved = self.state.step  # the checkpoint it came from, or nothing to save yet
+        if saved == 0 and self.config.eval_at_start:
+            self._log_start(self._evaluate())
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            self._log(result, self._evaluate())
+            self._log(result, self._evaluate() if self._evaluation_due() else None)
             if self.state.bad_steps >= self.config.max_bad_steps:
                 self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
@@ -85,7 +87,6 @@ class Trainer:
             notices=(*requests, self.checkpointer.written),
             spike_above=self._spike_above(),
         )
-        self.synchronize()
         self.timer.stop(result.forward_seconds)
         if result.skipped:
             self._explain(result)
@@ -114,21 +115,29 @@ class Trainer:
         finite = self.config.precision == "fp16" and math.isfinite(result.loss)
         return finite and result.loss_scale > self.engine.min_loss_scale
 
-    def _evaluate(self) -> float | None:
-        if not self._due(self.config.eval_interval):
+    def _evaluation_due(self) -> bool:
+        at_end = self.config.eval_at_end and self.state.step == self.schedule.total_steps
+        return at_end or self._due(self.config.eval_interval)
+
+    def _evaluate(self) -> Scores | None:
+        if self.evaluate is None:
             return None
         started = time.perf_counter()
-        loss = self.engine.evaluate(self.valid_batches())
+        scores = self.evaluate()
         self.timer.other("eval_seconds", time.perf_counter() - started)
         self.watchdog.beat(self.state.step)
-        return loss
+        return scores
 
-    def _log(self, result: StepResult, valid_loss: float | None) -> None:
+    def _log_start(self, scores: Scores | None) -> None:
+        if self.log is not None and scores is not None:
+            self.log.start(self.state, self.timer, scores)
+
+    def _log(self, result: StepResult, scores: Scores | None) -> None:
         first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
-        due = first or self._due(self.config.log_interval) or valid_loss is not None or result.skipped
+        due = first or self._due(self.config.log_interval) or scores is not None or result.skipped
         if self.log is not None and due:
             rate = self.schedule.learning_rate(self.state.step)
-            self.log.step(self.state, result, rate, self.timer, valid_loss)
+            self.log.step(self.state, result, rate, self.timer, scores)
 
     def _save(self, saved: int) -> int:
         """Begins a save, after the one in flight; returns the newest step that is safely saved."""

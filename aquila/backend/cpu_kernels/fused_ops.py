@@ -160,27 +160,22 @@ _LANES = 16  # torch computes what remains of these in fp64
 
 
 def adamw(
-    weights: Tensor,
-    master: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, Any],
-    factor: float,
+    blocks: Iterable[reference.AdamBlock], step: Tensor, settings: dict[str, Any], factor: float | Tensor
 ) -> None:
     """As `reference.adamw`, bit for bit."""
-    exp_avg, exp_avg_sq, step = moments
-    dense = all(x.is_contiguous() for x in (weights, master, gradient, exp_avg, exp_avg_sq))
-    whole = master.numel() // _LANES * _LANES
-    if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
-        whole = 0
-    if whole:
-        beta1, beta2 = settings["betas"]
-        steps, rate = step.item(), settings["lr"]
-        values = _Adam(
-            1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
-            rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
-        )  # fmt: skip
-        _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
-    if whole < master.numel():
-        rest = [x[whole:] for x in (weights, master, gradient, exp_avg, exp_avg_sq)]
-        reference.adamw(*rest[:3], (*rest[3:], step), settings, factor)
+    beta1, beta2 = settings["betas"]
+    steps, rate, factor = step.item(), settings["lr"], float(factor)
+    values = _Adam(
+        1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
+        rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
+    )  # fmt: skip
+    for block in blocks:
+        weights, master, gradient, exp_avg, exp_avg_sq = block
+        whole = master.numel() // _LANES * _LANES
+        dense = all(x.is_contiguous() for x in block)
+        if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
+            whole = 0
+        if whole:
+            _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
+        if whole < master.numel():
+            reference.adamw([tuple(x[whole:] for x in block)], step, settings, factor)

@@ -7,17 +7,20 @@ import torch
 from aquila.config import EffectiveConfig
 
 
-def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
+def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
     run = effective.run
     zero = {"contiguous_gradients": True, "reduce_scatter": True}
     zero |= effective.deepspeed.get("zero_optimization", {})
-    zero |= {"stage": run.zero_stage, "overlap_comm": run.overlap_comm is not False}
+    # Where nothing is sent, DeepSpeed would only wait for the device in each micro step.
+    overlap = run.overlap_comm is not False and (world_size > 1 or run.zero_stage == 3)
+    zero |= {"stage": run.zero_stage, "overlap_comm": overlap}
     config = effective.deepspeed | {
         "train_micro_batch_size_per_gpu": run.batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "gradient_clipping": run.clip_grad,
         "steps_per_print": 2**31 - 1,  # the console is ours
+        "timers": {"throughput": {"enabled": False}},  # so are rates; its timer waits for the device
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
-from aquila.core.errors import UserError
+from aquila.core.errors import EXIT_USER_ERROR, UserError
 from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.zero_step import make_lean
 from aquila.training.nonfinite import GradientCheck
 
@@ -62,6 +63,15 @@ class StepResult:
     bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
+
+
+class Evaluation(NamedTuple):
+    """Of the counted tokens of all ranks: mean loss in nats, how many they are, UTF-8 bytes of their text."""
+
+    loss: float
+    tokens: float
+    bytes: float
+    """0 where bytes are not known."""
 
 
 @contextmanager
@@ -155,7 +165,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        config = deepspeed_config(effective)
+        config = deepspeed_config(effective, world_size)
         if universal:
             config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
@@ -213,15 +223,20 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        values = total / len(batches), self._gradients.total, forward_seconds
-        losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
+        values = (
+            total / len(batches),
+            self._gradients.total,
+            math.nan if norm is None else norm,
+            forward_seconds,
+        )
+        losses, gradients, norms, seconds, *flags = self.gather(*values, *notices)
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,
-            grad_norm=float(norm) if norm is not None else float("nan"),
+            grad_norm=norms[0],
             loss_scale=scale,
             skipped=skipped,
             spike=spike,
@@ -237,21 +252,33 @@ class Engine:
         return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
-        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
-        total, count = 0.0, 0.0
+    def evaluate(
+        self, batches: Iterator[MicroBatch], token_bytes: torch.Tensor | None = None
+    ) -> Evaluation | None:
+        """The counted tokens of `batches` over all ranks, None without any; changes nothing.
+
+        token_bytes: float32 (vocabulary,), UTF-8 bytes of each id.
+        """
+        total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
             counted = batch.loss_mask.sum().item()
             total += self._loss(self.model, batch).item() * counted
             count += counted
+            if token_bytes is not None:
+                size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
         self.model.train()
-        totals, counts = self.gather(total, count)
-        return sum(totals) / sum(counts) if sum(counts) else None
+        totals, counts, sizes = self.gather(total, count, size)
+        return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
-        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        there = [value.float() for value in values if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(there).tolist() if there else [])
+        here = [next(read) if isinstance(value, torch.Tensor) else float(value) for value in values]
+        if self.world_size == 1:
+            return [[value] for value in here]
+        row = torch.tensor(here, dtype=torch.float64)
         # As pairs of int32: every communication library sends those, and not every one fp64.
         bits = row.view(torch.int32).to(self.device)
         table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
@@ -295,9 +322,10 @@ class Engine:
         """
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        with safely():
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+            )
         # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
@@ -318,13 +346,15 @@ class Engine:
 def make_universal(shards: Path, folder: Path) -> None:
     """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
 
-    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    By DeepSpeed's own converter, which reads weights only. Raises `UserError` with its message when it fails.
     """
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        sys.executable, "-m", "aquila.training.deepspeed.to_universal", "--inject_missing_state",
         "--input_folder", str(shards), "--output_folder", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == EXIT_USER_ERROR and "error: " in done.stderr:
+        raise UserError(done.stderr.rpartition("error: ")[2].strip())
     if done.returncode != 0:
         raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
     if not list(folder.glob("*mp_rank_00_model_states.pt")):
