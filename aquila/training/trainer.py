@@ -53,17 +53,17 @@ class Trainer:
         saved = self.state.step  # the checkpoint it came from, or nothing to save yet
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            self._log(result, self._evaluate())
+            stop = result.any_notice[0] or self._due(self.config.exit_interval)
+            last = stop or self.state.step >= self.schedule.total_steps
+            self._log(result, self._evaluate(), last)
             if self.state.bad_steps >= self.config.max_bad_steps:
                 self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
             if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
                 return self._diverged(bad)
-            stop, save = result.any_notice[0], result.any_notice[1]
-            stop = stop or self._due(self.config.exit_interval)
             if result.all_notice[2]:  # every rank's part of the save in flight is written
                 saved = self._finish_save(saved)
-            if save or stop or self._due(self.config.save_interval):
+            if result.any_notice[1] or stop or self._due(self.config.save_interval):
                 saved = self._save(saved)
             if stop:
                 break
@@ -123,10 +123,10 @@ class Trainer:
         self.watchdog.beat(self.state.step)
         return loss
 
-    def _log(self, result: StepResult, valid_loss: float | None) -> None:
+    def _log(self, result: StepResult, valid_loss: float | None, last: bool) -> None:
         first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
-        due = first or self._due(self.config.log_interval) or valid_loss is not None or result.skipped
-        if self.log is not None and due:
+        due = first or last or self._due(self.config.log_interval)
+        if self.log is not None and (due or valid_loss is not None or result.skipped):
             rate = self.schedule.learning_rate(self.state.step)
             self.log.step(self.state, result, rate, self.timer, valid_loss)
 
