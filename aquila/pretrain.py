@@ -242,9 +242,12 @@ def describe(
     """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
+    variables = [f"{name}={os.environ[name]}" for name in backend.ENVIRONMENT_DEFAULTS if name in os.environ]
+    environment = f"environment: {', '.join(variables)}\n" if variables else ""
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (
         f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}; {kernels}\n"
+        f"{environment}"
         f"{train} training and {valid} validation samples of {effective.seq_length} tokens; "
         f"{schedule.total_steps} steps of {run.global_batch_size(world_size)} samples, "
         f"{schedule.warmup_steps} of them warm-up\n"

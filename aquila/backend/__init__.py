@@ -10,7 +10,9 @@ device has. Every module offers:
 - `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
-  `OVERLAP_COMM` whether gradients are reduced during backward by default;
+  `OVERLAP_COMM` whether gradients are reduced during backward by default,
+  `KEPT` how operators keep activations (`planning.memory.Setup`'s one_pass and statistics),
+  `ENVIRONMENT_DEFAULTS` what `set_device` sets in the environment where the user has not;
 - `fp8_support()` says how linear layers in float8 run ("native", "emulated"), or why they cannot;
   `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;

@@ -17,6 +17,8 @@ from aquila.backend.reference import TRIANGLE_BLOCK
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True
 OVERLAP_COMM = True
+KEPT = {"one_pass": 0, "statistics": 4}
+ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -6,6 +6,7 @@ and HCCL have not run on a device. The documented limits are checked here, becau
 functions hardly check them.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache, partial
@@ -26,7 +27,19 @@ COMPILE_BLOCKS = False
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
+KEPT = {"one_pass": 1, "statistics": 64}
 OPTIMIZERS = ("torch",)
+# Set where the user has not, before the device is first used; as the vendor's training scripts do, the effect
+# on a device not measured here. Memory segments that grow, unless torch's own variable says something.
+# Ranks may come to the first collective half an hour apart (cold disks); a hang is our watchdog's to end.
+ENVIRONMENT_DEFAULTS = {
+    "TASK_QUEUE_ENABLE": "2",
+    "CPU_AFFINITY_CONF": "1",
+    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+    "HCCL_CONNECT_TIMEOUT": "1800",
+    "HCCL_EXEC_TIMEOUT": "3600",
+}
+_ALLOCATOR = ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # both set end the process
 
 # What torch does as well here as anything else.
 adamw = reference.adamw
@@ -415,6 +428,9 @@ def set_device(local_rank: int) -> torch.device:
     """
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
+    for name, value in ENVIRONMENT_DEFAULTS.items():
+        if name not in _ALLOCATOR or not any(other in os.environ for other in _ALLOCATOR):
+            os.environ.setdefault(name, value)
     torch.npu.set_device(local_rank)
     if _FIRST_GENERATION.fullmatch(device_name()):
         raise UserError(

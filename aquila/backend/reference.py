@@ -132,6 +132,8 @@ def attention_kind(asked: str) -> str:
 SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
 COMPILE_BLOCKS = False
 OVERLAP_COMM = True
+KEPT = {"one_pass": 0, "statistics": 4}
+ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "precisions": list(backend.supported_precisions()),
     "fp8": backend.fp8_support(),
     "overlap_comm": backend.OVERLAP_COMM,
+    "kept": backend.KEPT,
     "memory": total,
     "memory_free": free,
     "versions": versions,
@@ -88,7 +89,8 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     """This machine's devices and versions.
 
     Keys: device (its type), count, name, precisions, fp8 (how float8 layers run, or why they cannot),
-    overlap_comm (whether gradients are reduced during backward by default),
+    overlap_comm (whether gradients are reduced during backward by default), kept (how its operators keep
+    activations, for `planning.memory`),
     memory and memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine),
     versions, toolkit (whether CANN is set up in the environment), unsupported (why this chip cannot train,
     or nothing), unseen (device files of accelerators torch does not see).

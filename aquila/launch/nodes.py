@@ -12,8 +12,9 @@ from aquila.launch.hostfile import Node, as_address
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 FORWARDED_PREFIXES = (
-    "ASCEND_", "CUDA_", "DS_", "GLOO_", "HCCL_", "KMP_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP_",
-    "PYTORCH_", "TORCH", "TRITON_", "AQUILA_",
+    "ACL_", "ASCEND_", "ATB_", "COMBINED_ENABLE", "CPU_AFFINITY_", "CUBLAS_", "CUDA_", "DS_", "GLOO_",
+    "HCCL_", "INF_NAN_", "KMP_", "LD_LIBRARY_PATH", "MKL_", "MULTI_STREAM_", "NCCL_", "NPU_", "OMP_",
+    "P2P_HCCL_", "PYTORCH_", "TASK_QUEUE_", "TORCH", "TRITON_", "AQUILA_",
 )  # fmt: skip
 """What training itself reads from the environment, and so follows the user to the other nodes."""
 

@@ -258,8 +258,8 @@ ACCELERATOR_FIXED = 1 << 30
 """Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
 
 
-def setup_of(config: EffectiveConfig, devices: int, device: str) -> Setup:
-    """The set-up that a run's configuration asks for; `device` is cpu, cuda or npu."""
+def setup_of(config: EffectiveConfig, devices: int, device: str, kept: dict[str, int] | None = None) -> Setup:
+    """The set-up that a run's configuration asks for. `device`: its type; `kept`: its backend's `KEPT`."""
     run, model, on_cpu = config.run, config.model, device == "cpu"
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
@@ -277,8 +277,8 @@ def setup_of(config: EffectiveConfig, devices: int, device: str) -> Setup:
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         attention="fused" if run.attention == "auto" else run.attention,
-        one_pass=device in ("cpu", "npu"),
-        statistics=64 if device == "npu" else 4,
+        one_pass=bool((kept or {}).get("one_pass", on_cpu)),
+        statistics=(kept or {}).get("statistics", 4),
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from aquila.backend import npu
 from aquila.config import ModelConfig
 from aquila.planning.memory import Setup, layer_activations
 from tests.integration.launch_helpers import (
@@ -49,7 +50,7 @@ MORE_ON_ONE_RANK = {
 }
 MORE_ON_TWO_RANKS = {
     "two-zero2": (FP32, "zero_stage=2", "overlap_comm=True", "gradient_accumulation_steps=2"),
-    "two-export": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
+    "two-export16": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
 }
 
 
@@ -156,6 +157,7 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
         assert_same_losses(project, name)
     assert "resumes at step 2" in npu
     assert "safe on npu" in npu
+    assert "environment: TASK_QUEUE_ENABLE=2" in npu
     assert "safe on npu" not in cpu
     assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
     answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
@@ -251,8 +253,6 @@ def test_a_layer_keeps_for_backward_what_the_planner_says(project: Path, kind: s
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(ROOT))
     found = json.loads(done.stdout)
     model = ModelConfig(**found["model"])
-    setup = Setup(
-        devices=1, batch_size=1, seq_length=model.max_seq_len, attention=kind, one_pass=True, statistics=64
-    )
+    setup = Setup(devices=1, batch_size=1, seq_length=model.max_seq_len, attention=kind, **npu.KEPT)
     assert found["layer"]["kept"] == pytest.approx(layer_activations(model, setup), rel=0.05)
     assert found["round_trips"] == 0

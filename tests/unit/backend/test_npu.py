@@ -1,5 +1,7 @@
 """The documented limits of torch_npu's operators are checked, one by one, before they are called."""
 
+import os
+
 import pytest
 import torch
 
@@ -138,6 +140,22 @@ def test_chips_of_the_first_generation_are_refused_by_name(monkeypatch, chip):
         npu.set_device(0)
     assert "bf16" not in npu.supported_precisions()
     assert npu.peak_flops(torch.bfloat16) is None
+
+
+def test_the_environment_is_completed_and_the_users_word_stays(monkeypatch):
+    for name in (*npu.ENVIRONMENT_DEFAULTS, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(npu, "device_name", lambda: "Ascend910B3")
+    monkeypatch.setattr(npu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "npu", type("", (), {"set_device": lambda rank: None}), raising=False)
+    monkeypatch.setattr(torch, "device", lambda *name: name)
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "0")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    npu.set_device(0)
+    assert os.environ["TASK_QUEUE_ENABLE"] == "0"
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "1800"
+    assert "PYTORCH_NPU_ALLOC_CONF" not in os.environ  # beside torch's own it would end the process
 
 
 @pytest.mark.parametrize("chip", ["910B1", "910B2", "910B2C", "910B3", "910B4", "910B4-1", "910_9391"])
