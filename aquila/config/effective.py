@@ -70,7 +70,8 @@ class EffectiveConfig:
 
     def summary(self, width: int = 80) -> str:
         """What the terminal shows at start-up. See `show.summary`."""
-        title = f"{self.config_path.name}, model {self.model_dir.name}: {self.model.parameter_count():,} parameters"
+        size = f"{self.model.parameter_count():,} parameters"
+        title = f"{self.config_path.name}, model {self.model_dir.name}: {size}"
         return show.summary(title, self.history, self.notes, width)
 
     def to_yaml(self) -> str:
