@@ -124,8 +124,9 @@ class Display:
             return
         if self.total and "total_steps" not in metric:
             metric = {**metric, "total_steps": self.total}
-        self.first = self.first or metric
-        self.last = metric
+        if metric.get("loss") is not None:  # an evaluation before the first step has none
+            self.first = self.first or metric
+            self.last = metric
         if self.live:
             self._draw(progress_line(metric, width_of(sys.stdout) or 80))
             return

@@ -56,13 +56,12 @@ def snapshot(experiment: str, root: Path = ROOT) -> dict[str, Any]:
     state of each; metric: the last record of metrics.jsonl; failure: the rank that failed first.
     """
     folder = run_folder.experiment_dir(root, experiment)
-    found = [path for path in run_folder.versions(folder) if (path / "launch" / "status.json").is_file()]
-    if not found:
+    run_dir = run_folder.newest_launch(folder)
+    if run_dir is None:
         others = sorted(path.parent.parent.name for path in root.glob("checkpoints_out/*/*/launch"))
         known = f"; there are: {', '.join(dict.fromkeys(others))}" if others else ""
         raise UserError(f"no launch of '{experiment}' under {root / 'checkpoints_out'}{known}")
-    run_dir = max(found, key=lambda path: (path / "launch" / "status.json").stat().st_mtime)
-    told = run_folder.read_json(run_dir / "launch" / "status.json") or {}
+    told = run_folder.read_json(run_dir / run_folder.STATUS) or {}
     words, status = overall(told, bool(running_agents(experiment, root)))
     metrics = last_lines(run_dir / "metrics.jsonl", 1)
     checkpoints = list_checkpoints(run_dir / FOLDER)

@@ -13,22 +13,26 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
-from aquila.core.errors import UserError
+from aquila.core.errors import EXIT_USER_ERROR, UserError
 from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.zero_step import make_lean
 from aquila.training.nonfinite import GradientCheck
 
 Result = TypeVar("Result")
+_TELL_SECONDS = 1.0
 SHARDS = "deepspeed"
 """Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
 
@@ -62,12 +66,24 @@ class StepResult:
     bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
+    passed_over: bool = False
+    """Not taken because the run says so (`skip_steps`): no loss is known."""
+
+
+class Evaluation(NamedTuple):
+    """Of the counted tokens of all ranks: mean loss in nats, how many they are, UTF-8 bytes of their text."""
+
+    loss: float
+    tokens: float
+    bytes: float
+    """0 where bytes are not known."""
 
 
 @contextmanager
-def processes(communication: str, device: torch.device) -> Iterator[tuple[int, int]]:
+def processes(communication: str, device: torch.device, timeout: float) -> Iterator[tuple[int, int]]:
     """The process group of this run, as (rank, world size); destroyed at the end.
 
+    timeout: seconds that ranks wait for one another in one collective.
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without
     them this process is a world of one.
     """
@@ -88,7 +104,12 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=communication, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=communication,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -96,18 +117,34 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
             dist.destroy_process_group()
 
 
-def on_first_rank(function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+def on_first_rank(function: Callable[[], Result], alive: Callable[[], None] = lambda: None) -> Result:
+    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank.
+
+    It may take longer than the group's timeout: rank 0 tells the others every second that it goes on, and
+    each calls `alive`.
+    """
+    first = dist.get_rank() == 0
+    with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
+        work = pool.submit(function) if first else None
+        while True:
+            outcome: list[Any] = [False, None, None]
+            if work is not None and wait([work], timeout=_TELL_SECONDS).done:
+                outcome = [True, *_result(work)]
+            dist.broadcast_object_list(outcome, src=0)
+            done, result, problem = outcome
+            if done:
+                break
+            alive()
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def _result(work: Future) -> tuple[Any, str | None]:
+    try:
+        return work.result(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def _free_port() -> int:
@@ -155,7 +192,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        config = deepspeed_config(effective)
+        config = deepspeed_config(effective, world_size)
         if universal:
             config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
@@ -165,6 +202,8 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self.alive: Callable[[], None] = lambda: None
+        """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
         seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
         if world_size > 1 and not seen:
@@ -198,6 +237,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._accumulate(len(batches))
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
@@ -213,15 +253,20 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        values = total / len(batches), self._gradients.total, forward_seconds
-        losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
+        values = (
+            total / len(batches),
+            self._gradients.total,
+            math.nan if norm is None else norm,
+            forward_seconds,
+        )
+        losses, gradients, norms, seconds, *flags = self.gather(*values, *notices)
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,
-            grad_norm=float(norm) if norm is not None else float("nan"),
+            grad_norm=norms[0],
             loss_scale=scale,
             skipped=skipped,
             spike=spike,
@@ -232,26 +277,64 @@ class Engine:
             all_notice=[all(column) for column in flags],
         )
 
+    def pass_over(self, notices: Sequence[bool]) -> StepResult:
+        """A step that is not taken: nothing changes, and the notices travel all the same."""
+        flags = self.gather(*notices)
+        return StepResult(
+            loss=math.nan,
+            grad_norm=math.nan,
+            loss_scale=self.loss_scale,
+            skipped=True,
+            spike=False,
+            rank_losses=[],
+            forward_seconds=[],
+            bad_gradient_ranks=[],
+            any_notice=[any(column) for column in flags],
+            all_notice=[all(column) for column in flags],
+            passed_over=True,
+        )
+
+    def _accumulate(self, micro_steps: int) -> None:
+        """Lets DeepSpeed's next step be that many micro steps."""
+        if micro_steps == self._engine.gradient_accumulation_steps():
+            return
+        micro_batch = self._engine.train_micro_batch_size_per_gpu()
+        self._engine.set_train_batch_size(micro_steps * micro_batch * self.world_size)
+        self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
+
     @staticmethod
     def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
-        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
-        total, count = 0.0, 0.0
+    def evaluate(
+        self, batches: Iterator[MicroBatch], token_bytes: torch.Tensor | None = None
+    ) -> Evaluation | None:
+        """The counted tokens of `batches` over all ranks, None without any; changes nothing.
+
+        token_bytes: float32 (vocabulary,), UTF-8 bytes of each id.
+        """
+        total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
             counted = batch.loss_mask.sum().item()
             total += self._loss(self.model, batch).item() * counted
             count += counted
+            self.alive()
+            if token_bytes is not None:
+                size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
         self.model.train()
-        totals, counts = self.gather(total, count)
-        return sum(totals) / sum(counts) if sum(counts) else None
+        totals, counts, sizes = self.gather(total, count, size)
+        return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
-        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        there = [value.float() for value in values if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(there).tolist() if there else [])
+        here = [next(read) if isinstance(value, torch.Tensor) else float(value) for value in values]
+        if self.world_size == 1:
+            return [[value] for value in here]
+        row = torch.tensor(here, dtype=torch.float64)
         # As pairs of int32: every communication library sends those, and not every one fp64.
         bits = row.view(torch.int32).to(self.device)
         table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
@@ -295,9 +378,10 @@ class Engine:
         """
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        with safely():
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+            )
         # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
@@ -318,13 +402,15 @@ class Engine:
 def make_universal(shards: Path, folder: Path) -> None:
     """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
 
-    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    By DeepSpeed's own converter, which reads weights only. Raises `UserError` with its message when it fails.
     """
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        sys.executable, "-m", "aquila.training.deepspeed.to_universal", "--inject_missing_state",
         "--input_folder", str(shards), "--output_folder", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == EXIT_USER_ERROR and "error: " in done.stderr:
+        raise UserError(done.stderr.rpartition("error: ")[2].strip())
     if done.returncode != 0:
         raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
     if not list(folder.glob("*mp_rank_00_model_states.pt")):
