@@ -57,17 +57,17 @@ class Trainer:
             self._log_start(self._evaluate())
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            self._log(result, self._evaluate() if self._evaluation_due() else None)
+            stop = result.any_notice[0] or self._due(self.config.exit_interval)
+            last = stop or self.state.step >= self.schedule.total_steps
+            self._log(result, self._evaluate() if self._evaluation_due() else None, last)
             if self.state.bad_steps >= self.config.max_bad_steps:
                 self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
             if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
                 return self._diverged(bad)
-            stop, save = result.any_notice[0], result.any_notice[1]
-            stop = stop or self._due(self.config.exit_interval)
             if result.all_notice[2]:  # every rank's part of the save in flight is written
                 saved = self._finish_save(saved)
-            if save or stop or self._due(self.config.save_interval):
+            if result.any_notice[1] or stop or self._due(self.config.save_interval):
                 saved = self._save(saved)
             if stop:
                 break
@@ -140,13 +140,13 @@ class Trainer:
         if self.log is not None and scores is not None:
             self.log.start(self.state, self.timer, scores)
 
-    def _log(self, result: StepResult, scores: Scores | None) -> None:
+    def _log(self, result: StepResult, scores: Scores | None, last: bool) -> None:
         step = self.state.step
         tokens = self.schedule.samples_of(step) * self.seq_length
         # The first is where the loss starts, and a launcher waits for it. Between two lines all steps have
         # one size, so that rates, and the samples of a step, can be told from them.
-        due = step == 1 or self._due(self.config.log_interval) or scores is not None or result.skipped
-        due = due or tokens != self.schedule.samples_of(step + 1) * self.seq_length
+        due = step == 1 or last or self._due(self.config.log_interval) or scores is not None
+        due = due or result.skipped or tokens != self.schedule.samples_of(step + 1) * self.seq_length
         if self.log is None or not due:
             return
         if result.passed_over:
