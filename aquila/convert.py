@@ -1,8 +1,9 @@
 """Weights and tokenizer of a run checkpoint, of Aquila's or of Hugging Face's format, any into any.
 
-    python -m aquila.convert --input DIR --output DIR --to aquila|hf [--dtype D] [--verify]
+    python -m aquila.convert --input DIR --output DIR --to aquila|hf|gguf [--dtype D] [--verify]
 
-Streams: one parameter at a time is in memory. Without `--dtype` every value keeps its bits.
+Streams: one parameter at a time is in memory. Without `--dtype` every value keeps its bits. `--to gguf` makes
+one file, for llama.cpp: `--output NAME.gguf`, or a folder that gets `model.gguf`.
 """
 
 import argparse
@@ -20,9 +21,12 @@ from aquila.config import ModelConfig
 from aquila.core.errors import UserError, run_command
 from aquila.core.text_files import read_json
 from aquila.generation.locate import find_model_dir
-from aquila.model import AquilaModel, hf
+from aquila.generation.decode import Decoder
+from aquila.generation.sampling import Sampling
+from aquila.model import AquilaModel, gguf, hf
 from aquila.model.files import TensorInfo, temporary_name, write_torch
-from aquila.model.hf_tokenizer import copy_released, has_tokenizer, write_hf, write_json
+from aquila.model.hf_tokenizer import RELEASED_FILES, copy_released, has_tokenizer, write_hf, write_json
+from aquila.model.llama_cpp import LlamaCpp, library
 from aquila.model.weights import Weights, check_names, load_config, write_sharded
 
 DTYPES = {
@@ -32,9 +36,11 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "float16": torch.float16,
     "fp16": torch.float16,
+    "q8_0": torch.int8,  # GGUF's
 }
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
-"""Largest difference of logits that `--verify` lets pass, by the dtype in which both models run."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15, torch.int8: 0.5}
+"""Largest difference of logits that `--verify` lets pass, by the dtype in which the models run."""
+GGUF_FILE = "model.gguf"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another --output, or remove it first")
     dtype = DTYPES.get(args.dtype)
+    _check(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(output)
     unfinished.mkdir()
@@ -51,21 +58,34 @@ def main(arguments: list[str] | None = None) -> int:
         convert(source, unfinished, args.to, dtype, int(args.max_shard_gb * 1e9))
         if output.exists():
             output.rmdir()
-        os.replace(unfinished, output)
+        os.replace(unfinished / GGUF_FILE if output.suffix == ".gguf" else unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{source} -> {output} ({args.to})")
-    return verify(source, output) if args.verify else 0
+    if not args.verify:
+        return 0
+    return verify(source, output / GGUF_FILE if args.to == "gguf" and output.is_dir() else output)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for what cannot be done, before anything is written."""
+    if args.to != "gguf":
+        if args.dtype == "q8_0" or args.output.suffix == ".gguf":
+            raise UserError(f"--dtype q8_0 and an --output of .gguf need --to gguf, not --to {args.to}")
+        return
+    gguf.require_package()
+    if args.verify:
+        library()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m aquila.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, required=True, help="a model folder, run or checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--to", choices=("aquila", "hf"), required=True)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder, or with --to gguf a file")
+    parser.add_argument("--to", choices=("aquila", "hf", "gguf"), required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file of --to hf")
-    parser.add_argument("--verify", action="store_true", help="run both models and compare their logits")
+    parser.add_argument("--verify", action="store_true", help="run both models and compare what they give")
     return parser
 
 
@@ -83,6 +103,11 @@ def convert(source: Path, target: Path, to: str, dtype: torch.dtype | None, max_
     tokenizer = copy_released(source, target) if has_tokenizer(source) else None
     if tokenizer is None:
         print(f"note: {source} holds no tokenizer: weights and configuration alone", file=sys.stderr)
+    if to == "gguf":
+        gguf.write_gguf(target / GGUF_FILE, source.name, config, infos, weights.read, tokenizer)
+        for name in RELEASED_FILES:  # they are in the file
+            (target / name).unlink(missing_ok=True)
+        return
     if to == "aquila":
         write_json(target / "config.json", config.model_dump(exclude_none=True))
         write_torch(target / "pytorch_model.bin", infos, produce)
@@ -122,23 +147,41 @@ def _write_hf_weights(
 
 
 def verify(source: Path, output: Path) -> int:
-    """Runs both folders' models on the same random tokens; 1 when their logits differ by too much.
+    """Runs both models on the same random tokens; 1 when their logits differ by too much.
 
-    Each Hugging Face folder runs in transformers where that is installed, one model after the other.
+    Each Hugging Face folder runs in transformers where that is installed, a GGUF file in llama.cpp, one model
+    after the other.
     """
     config = load_config(source)
     dtype = torch.float32 if _fits_in_fp32(config) else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=generator)
+    in_llama_cpp = output.suffix == ".gguf"
+    if in_llama_cpp:
+        tokens = _continued(source, tokens[:, : tokens.shape[1] // 2 - 1], dtype)
     (first, by_first), (second, by_second) = (_logits(folder, tokens, dtype) for folder in (source, output))
     difference = (first - second).abs().max().item()
-    limit = TOLERANCES[dtype] * max(1.0, first.abs().max().item() / 10)
-    print(f"verify: {by_first} against {by_second} on {tokens.numel()} random tokens in {dtype}:")
+    computed = gguf.matrix_dtype(output) if in_llama_cpp else dtype
+    limit = TOLERANCES[computed] * max(1.0, first.abs().max().item() / 10)
+    print(f"verify: {by_first} against {by_second} on {tokens.numel()} tokens in {computed}:")
+    if in_llama_cpp:
+        same = (first.argmax(-1) == second.argmax(-1))[:, tokens.shape[1] // 2 - 1 : -1]
+        print(f"{int(same.sum())} of {same.numel()} greedy tokens are equal")
     print(f"largest difference of a logit {difference:.3g} (limit {limit:.3g})")
     if difference > limit:
         print(f"error: {output} does not compute what {source} does; do not use it", file=sys.stderr)
         return 1
     return 0
+
+
+def _continued(folder: Path, prompts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The prompts (B, S) with S greedy tokens behind them."""
+    decoder = Decoder(AquilaModel.from_pretrained(folder, dtype=dtype), len(prompts))
+    sequences = [decoder.sequence(prompt, Sampling(prompts.shape[1], 0.0)) for prompt in prompts.tolist()]
+    decoder.admit(sequences)
+    while decoder.active:
+        decoder.step()
+    return torch.cat((prompts, torch.tensor([sequence.new_tokens for sequence in sequences])), dim=1)
 
 
 def _fits_in_fp32(config: ModelConfig) -> bool:
@@ -148,6 +191,14 @@ def _fits_in_fp32(config: ModelConfig) -> bool:
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, str]:
     """Logits in fp32, and what computed them."""
+    if folder.suffix == ".gguf":
+        model = LlamaCpp(folder, length=tokens.shape[1], threads=torch.get_num_threads(), exact=True)
+        rows = []
+        for row in tokens.tolist():
+            model.clear()
+            rows.append(torch.from_numpy(model.logits([row], every=True)))
+        model.close()
+        return torch.stack(rows), "llama.cpp"
     if hf.is_hf_config(read_json(folder / "config.json")):
         try:
             from transformers import AutoModelForCausalLM

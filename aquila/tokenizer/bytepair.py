@@ -32,7 +32,7 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, *, fast: bool = True) -> None:
         self._folder = folder
-        vocab, merges = self._read()
+        vocab, merges = self.read_files()
         self._place_specials(vocab, max(vocab.values()) + 1)
         self._name_ends(folder / "special_tokens_map.json")
         self.fingerprint = fingerprint("byte-level-bpe", vocab, merges, self.special_tokens)
@@ -41,7 +41,8 @@ class BytePairTokenizer(Tokenizer):
             self._fast, self.engine = self._fast_encoder(vocab, merges)
         self.is_fast = self._fast is not None
 
-    def _read(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    def read_files(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Token to id of `vocab.json`, and the pairs of `merges.txt` in their order."""
         # Read again where needed, not kept: a hundred thousand Python strings in every worker add up.
         vocab = _read_vocab(self._folder / "vocab.json")
         return vocab, _read_merges(self._folder / "merges.txt", vocab)
@@ -80,7 +81,7 @@ class BytePairTokenizer(Tokenizer):
     @cached_property
     def definition(self):
         """The `tokenizers.Tokenizer` whose ids are right by definition."""
-        return _definition(*self._read())
+        return _definition(*self.read_files())
 
     def _name_ends(self, path: Path) -> None:
         """Lets `special_tokens_map.json`, where there is one, name the tokens around a document."""

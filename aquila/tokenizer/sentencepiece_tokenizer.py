@@ -3,11 +3,20 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from aquila.core.errors import UserError
 from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates
+
+
+class Piece(NamedTuple):
+    """An entry of a SentencePiece model; `kind` by its format's numbers."""
+
+    text: str
+    score: float
+    kind: int
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -31,6 +40,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = fingerprint("sentencepiece", content, self.special_tokens)
         # The model's own first space, if it adds one to every text, is taken away again in decoding.
         self._strip_first_space = self._model.decode([self._model.piece_to_id("\u2581")]) == ""
+
+    @property
+    def adds_first_space(self) -> bool:
+        """Whether the model puts a space before every text."""
+        return self._strip_first_space
+
+    def pieces(self) -> list[Piece]:
+        """The model's entries in the order of their ids; kind 1 is text, 2 unknown, 3 control, 5 unused, 6 a byte."""
+        model = self._model
+        kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
+        return [
+            Piece(
+                model.id_to_piece(i), model.get_score(i), next((kind for test, kind in kinds if test(i)), 1)
+            )
+            for i in range(model.vocab_size())
+        ]
 
     def encode_array(self, text: str) -> np.ndarray:
         return refusing_surrogates(lambda whole: np.array(self._model.encode(whole), np.int32), text)

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from aquila.config import ModelConfig
-from aquila.convert import main
+from aquila.convert import DTYPES, main
 from aquila.core.errors import UserError
-from aquila.model import AquilaModel, save_weights
+from aquila.model import AquilaModel, gguf, save_weights
 from aquila.tokenizer import load_tokenizer
 
 CONFIGS = {
@@ -110,6 +112,85 @@ def test_verify_prints_the_largest_difference(source, tmp_path, capsys):
     folder, _ = source()
     assert convert(folder, tmp_path / "hf", "hf", "--verify") == 0
     assert "largest difference of a logit" in capsys.readouterr().out
+
+
+GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gguf_holds_the_same_values_under_llama_cpps_names(source, tmp_path, name):
+    gguf = pytest.importorskip("gguf")
+    folder, model = source(name, torch.bfloat16)
+    assert convert(folder, tmp_path / "model.gguf", "gguf") == 0
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == len(model.state_dict())
+    for layer in range(2):
+        for ours, theirs in (("attention.wk", "attn_k"), ("feed_forward.w2", "ffn_down")):
+            expected = model.get_parameter(f"layers.{layer}.{ours}.weight")
+            found = tensors[f"blk.{layer}.{theirs}.weight"]
+            assert found.tensor_type.name == "BF16"
+            assert bytes(found.data) == expected.detach().view(torch.uint8).numpy().tobytes()
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    config = model.config
+    for key, value in (
+        ("llama.rope.freq_base", config.rope_theta), ("llama.attention.head_count_kv", config.kv_heads),
+        ("llama.feed_forward_length", config.ffn_dim), ("llama.context_length", config.max_seq_len),
+        ("llama.attention.layer_norm_rms_epsilon", config.norm_eps),
+    ):  # fmt: skip
+        assert fields[key] == pytest.approx(value)
+    tokenizer = load_tokenizer(folder)
+    assert fields["tokenizer.ggml.tokens"][tokenizer.eos_id] == "</s>"
+    assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_id
+
+
+@pytest.mark.parametrize("dtype", GGUF_TYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_the_same(source, tmp_path, capsys, name, dtype):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    from aquila.model.gguf import matrix_dtype
+    from aquila.model.llama_cpp import LlamaCpp
+
+    folder, _ = source(name)
+    assert convert(folder, tmp_path / "out", "gguf", "--dtype", dtype, "--verify") == 0
+    out, file = capsys.readouterr().out, tmp_path / "out" / "model.gguf"
+    assert "largest difference of a logit" in out
+    assert dtype != "fp32" or "62 of 62 greedy tokens are equal" in out
+    assert matrix_dtype(file) == DTYPES[dtype]
+    tokenizer = load_tokenizer(folder)
+    model = LlamaCpp(file, length=16, threads=1)
+    for text in ("Three plus four's 1234  seven.\n\n x", " 两个 \n\n  苹果", "a [CLS] b</s>", "naïve 🙂"):
+        assert model.tokenize(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
+    model.close()
+
+
+def test_a_gguf_file_of_other_values_fails_verify(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    folder, _ = source("plain")
+    monkeypatch.setitem(gguf._LAYER, "feed_forward.w1.weight", "ffn_up.weight")
+    monkeypatch.setitem(gguf._LAYER, "feed_forward.w3.weight", "ffn_gate.weight")
+    assert convert(folder, tmp_path / "model.gguf", "gguf", "--verify") == 1
+    assert "do not use it" in capsys.readouterr().err
+
+
+def test_gguf_needs_its_packages_and_its_options_a_gguf(source, tmp_path, monkeypatch):
+    folder, _ = source()
+    for options in (("--dtype", "q8_0"),):
+        with pytest.raises(UserError, match="need --to gguf"):
+            convert(folder, tmp_path / "out", "hf", *options)
+    with pytest.raises(UserError, match="need --to gguf"):
+        convert(folder, tmp_path / "out.gguf", "aquila")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
+    with pytest.raises(UserError, match="pip install llama-cpp-python"):
+        convert(folder, tmp_path / "out", "gguf", "--verify")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        convert(folder, tmp_path / "out", "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_verify_fails_when_the_rotary_layout_is_wrong(source, tmp_path, monkeypatch, capsys):
