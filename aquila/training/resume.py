@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from aquila.config import EffectiveConfig
 from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
+    STATE,
     clear_leftovers,
     damage,
     list_checkpoints,
@@ -21,8 +20,11 @@ from aquila.core.checkpoints import (
     write_atomically,
 )
 from aquila.core.errors import UserError
+from aquila.core.text_files import is_finite
 from aquila.training.console import say
-from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal
+from aquila.training.deepspeed.ranks import on_first_rank
+from aquila.training.deepspeed.safe_load import load
 from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState
 
@@ -100,7 +102,7 @@ class Resumption:
 
     def __init__(self, folder: Path, effective: EffectiveConfig, world_size: int) -> None:
         self.folder = folder
-        self.facts = read_state(folder)
+        self.facts = _facts(folder)
         self.has_optimizer = (folder / SHARDS).is_dir()
         now = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
         now["precision"] = effective.run.precision
@@ -128,7 +130,7 @@ class Resumption:
             say(f"warning: {self.folder} holds no optimizer state: this run is not exact")
         own = self.folder / "rng" / f"rank-{rank:05d}.pt"
         if own.is_file():
-            restore_random_state(torch.load(own, weights_only=False))
+            _restore_random_state(own)
         return TrainState(**{key: self.facts[key] for key in TrainState.__dataclass_fields__})
 
     def _load_universal(self, engine: Engine, run_dir: Path, rank: int) -> None:
@@ -149,8 +151,33 @@ class Resumption:
             on_first_rank(lambda: shutil.rmtree(copy, ignore_errors=True))
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    """`state.json`, with a number wherever the run counts on one."""
+    facts = read_state(folder)
+    counts = ("world_size", "zero_stage", "batch_size", "gradient_accumulation_steps")
+    wrong = [
+        key
+        for key in (*TrainState.__dataclass_fields__, *counts)
+        if not isinstance(facts.get(key), int | float) or not is_finite(facts[key])
+    ]
+    if wrong or not isinstance(facts.get("precision"), str):
+        what = ", ".join(wrong) or "precision"
+        raise UserError(f"{folder / STATE}: {what} is missing or no number; use another checkpoint")
+    return facts
+
+
+def _restore_random_state(file: Path) -> None:
+    state = load(file)
+    try:
+        restore_random_state(state)
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{file}: no random state ({error}); remove the file to go on without") from None
+
+
 def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, world_size: int) -> str | None:
     """A warning when a step now takes another number of samples than in the checkpoint's run."""
+    if effective.run.batch_size_schedule:
+        return None  # the schedule says how many
     then = facts["batch_size"] * facts["gradient_accumulation_steps"] * facts["world_size"]
     now = effective.run.global_batch_size(world_size)
     if then == now:
