@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from aquila.config import ModelConfig
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError, run_command
+from aquila.core.text_files import read_json
 from aquila.generation.locate import find_model_dir
 from aquila.model import AquilaModel, hf
 from aquila.model.files import TensorInfo, temporary_name, write_torch

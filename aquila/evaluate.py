@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from aquila.config.run import parse_split
-from aquila.config.strict import read_text
 from aquila.core.errors import UserError, run_command
+from aquila.core.text_files import read_text
 from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.meta import check_dataset
 from aquila.generation.locate import find_model_dir

@@ -24,11 +24,13 @@ from aquila.core.paths import ROOT
 from aquila.planning.memory import (
     ACCELERATOR_FIXED,
     GIB,
+    LARGEST_LOGITS_BYTES,
     Estimate,
     Setup,
     bytes_sent,
     estimate,
 )
+from aquila.planning.speed import CHIPS, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, StepTime, step_time
 
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "G": 10**9}
 LINKS = {"25 Gbit/s": 25, "100 Gbit/s": 100, "200 Gbit/s": 200, "400 Gbit/s": 400, "200 GB/s": 1600}
@@ -63,14 +65,21 @@ def main() -> int:
         attention="fused" if arguments.attention == "auto" else arguments.attention,
         bucket=arguments.bucket,
         fixed=ACCELERATOR_FIXED,
+        logits_bytes=LARGEST_LOGITS_BYTES,  # the largest of any device's
     )
     if base.seq_length > model.max_seq_len:
         raise UserError(f"--seq-length {base.seq_length} is longer than max_seq_len {model.max_seq_len}")
     choices = best_of_stages(model, base, memory)
     if arguments.json:
-        print(json.dumps(as_json(model, choices, memory), indent=1))
+        told = as_json(model, choices, memory)
+        if arguments.chip:
+            for choice, found in zip(choices, told["choices"], strict=True):
+                found["step_seconds"] = _step_time(model, choice, arguments.chip, arguments.link).total
+        print(json.dumps(told, indent=1))
     else:
         show(arguments.model, model, choices, memory)
+        if arguments.chip:
+            print(predicted(model, choices, arguments.chip, arguments.link))
     return 0 if any(choice.fits for choice in choices) else EXIT_USER_ERROR
 
 
@@ -86,6 +95,8 @@ def _parse() -> argparse.Namespace:
         "--attention", choices=("auto", "fused", "triangle", "reference"), default="auto",
         help="auto: fused",
     )  # fmt: skip
+    parser.add_argument("--chip", choices=sorted(CHIPS), help="predicts the time of a step on such devices")
+    parser.add_argument("--link", type=positive, help="GB/s of the slowest link; default: within one node")
     parser.add_argument(
         "--bucket", type=float, default=1e8, help="reduce_bucket_size of deepspeed.json (default 1e8)"
     )
@@ -198,6 +209,27 @@ def nothing_fits(model: ModelConfig, choices: list[Choice], memory: float) -> st
     return (
         f"nothing fits: the smallest set-up ({stage_name(smallest.setup)}) needs {needed:.1f} GB a device; "
         f"{more}, or shorter sequences (--seq-length)"
+    )
+
+
+def _step_time(model: ModelConfig, choice: Choice, chip: str, link: int | None) -> StepTime:
+    return step_time(model, choice.setup, CHIPS[chip], link=link * 1e9 if link else None)
+
+
+def predicted(model: ModelConfig, choices: list[Choice], chip: str, link: int | None) -> str:
+    """The time of a step of the recommended set-up, by part, with what it assumes."""
+    fitting = [choice for choice in choices if choice.fits and not choice.setup.offload]
+    if not fitting:
+        return "no step time: nothing fits without offload, which is not predicted"
+    choice = recommended(fitting, model)
+    found = _step_time(model, choice, chip, link)
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in vars(found).items())
+    tokens = choice.setup.tokens * choice.setup.gradient_accumulation_steps / found.total
+    return (
+        f"predicted on {chip}: {found.total:.2f} s a step, {tokens:,.0f} tokens/s/device ({parts}); assumes "
+        f"{MATRIX_SHARE:.0%} of the peak in products, {MEMORY_SHARE:.0%} of the memory's rate, "
+        f"{LINK_SHARE:.0%} of the links', nothing hidden by overlap, no waiting for host or input; fitted to "
+        "published rows of 910B3, not measured here"
     )
 
 

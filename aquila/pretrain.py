@@ -8,8 +8,11 @@ checkpoint saved, 1 anything else.
 """
 
 import argparse
+import contextlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,21 +21,26 @@ from types import ModuleType
 import torch
 
 from aquila.backend import detect, fp8, get_backend
-from aquila.config import Device, EffectiveConfig, load_run_config, parse_blend
+from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, parse_blend
+from aquila.config.run import as_blend
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
-from aquila.data.batches import Batch, Batches
+from aquila.core.run_folder import check_experiment
+from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
-from aquila.data.order import continue_order, record_order
+from aquila.data.order import FILE, continue_order, order_files, order_text
 from aquila.model import AquilaModel
 from aquila.model.weights import load_weights, open_weights
+from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import parameter_groups
 from aquila.training.deepspeed.engine import Engine, processes
 from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.deepspeed.sharded_model import Fill, divide_model
+from aquila.training.evaluation import BATCH as EVALUATION_BATCH
+from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
 from aquila.training.lock import lock_run
 from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
@@ -45,6 +53,8 @@ from aquila.training.trainer import Trainer
 from aquila.training.watchdog import Watchdog
 
 OUTPUT = "checkpoints_out"
+HISTORY = "history.jsonl"
+"""Every start of a run, in its folder."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    check_experiment(arguments.experiment)
+    check_experiment(arguments.version, "--version")
     requests = Requests()
     requests.install()
     backend = get_backend(detect())
@@ -67,14 +79,16 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    if effective.run.deterministic:
+        backend.make_deterministic()
     if effective.run.fp8:
         fp8.load()  # what does not load says so before anything is written
     if os.environ.get("RANK", "0") == "0":  # a dataset without .meta.json is read whole: once is enough
-        prefixes = parse_blend(effective.run.data_prefix)[0]
-        check_datasets(prefixes, effective.model_dir, effective.model.vocab_size)
+        check_datasets(effective.run.datasets, effective.model_dir, effective.model.vocab_size)
     run_dir = Path(OUTPUT) / arguments.experiment / arguments.version
     with ExitStack() as closing:
-        rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device))
+        timeout = effective.run.group_timeout
+        rank, world_size = closing.enter_context(processes(backend.COMMUNICATION, device, timeout))
         return train(effective, backend, device, run_dir, rank, world_size, requests, closing)
 
 
@@ -91,7 +105,9 @@ def train(
     """Builds every part of the run and trains to its end."""
     run = effective.run
     on_first_rank(lambda: prepare(run_dir, effective))
-    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, None)
+    later = [prefix for _, blend in run.blends for prefix in parse_blend(blend)[0]]
+    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, later=later)
+    held_out = open_held_out(effective, corpora)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
     resumption = Resumption(folder, effective, world_size) if folder else None
@@ -102,12 +118,14 @@ def train(
         model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
     )
     state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
-    lines = continue_order(run_dir, corpora.train, state.consumed_samples)
+    lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
+    engine.alive = watchdog.alive
     closing.callback(watchdog.close)
     log, after_save = None, lambda checkpoint: None
     if rank == 0:
-        record_order(run_dir, corpora.train)
+        write_atomically(run_dir / FILE, order_text(corpora.train))
+        record_start(run_dir, effective, state, folder, world_size)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
         say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
@@ -118,31 +136,27 @@ def train(
         if run.export == "hf":
             after_save = Exporter(run_dir, run.export_every)
             closing.callback(after_save.wait, watchdog.alive)
-    feed = partial(
-        Batches,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=run.batch_size,
-        document_mask=run.document_mask,
-        device=device,
+    shares = (rank, world_size, run.batch_size)
+    batches = Batches(
+        corpora.train, state.consumed_samples, *shares, document_mask=run.document_mask, device=device
     )
-    batches = feed(corpora.train, state.consumed_samples)
     closing.callback(batches.close)
     return Trainer(
         config=run,
         engine=engine,
         schedule=schedule,
         batches=batches,
-        valid_batches=partial(validation, feed, corpora, run.eval_iters, run.batch_size * world_size),
+        evaluate=make_evaluator(effective, engine, held_out, shares) if held_out else None,
         documents_of=partial(documents_of, corpora.train),
-        checkpointer=Checkpointer(run_dir, engine, effective, rank, world_size),
+        checkpointer=Checkpointer(
+            run_dir, engine, effective, rank, world_size, beside={FILE: order_text(corpora.train)}
+        ),
         after_save=after_save,
         watchdog=watchdog,
         requests=requests,
         log=log,
         state=state,
         seq_length=effective.seq_length,
-        synchronize=backend.synchronize,
     ).run()
 
 
@@ -180,7 +194,8 @@ def build_model(
 
         divide_model(model, source, effective, dtype, device)
     else:
-        model = AquilaModel(config, **options, device=device, dtype=dtype, seed=run.seed)
+        seed = None if folder else run.seed
+        model = AquilaModel(config, **options, device=device, dtype=dtype, seed=seed)
         if folder is not None:
             load_weights(model, folder)
     if run.fp8:
@@ -210,7 +225,7 @@ def open_log(
     return RunLog(
         run_dir,
         total_steps=schedule.total_steps,
-        tokens_per_step=run.global_batch_size(world_size) * effective.seq_length,
+        tokens_per_step=schedule.samples_of(resumed_step + 1) * effective.seq_length,
         samples_per_epoch=corpora.train.samples_per_epoch,
         world_size=world_size,
         flops_per_token=effective.model.flops_per_token(effective.seq_length),
@@ -221,16 +236,59 @@ def open_log(
     )
 
 
-def validation(feed: partial, corpora: Corpora, iterations: int, samples: int) -> Iterator[Batch]:
-    """The same first micro batches of the validation split each time, at most one pass over it."""
-    if corpora.valid is None or corpora.valid.samples_per_epoch < samples:
-        return
-    batches = feed(corpora.valid, 0)
-    try:
-        for _ in range(min(iterations, corpora.valid.samples_per_epoch // samples)):
-            yield next(batches)
-    finally:
-        batches.close()
+def follow_blends(
+    run: RunConfig, stream: SampleStream, schedule: Schedule, state: TrainState, recorded: Sequence[Path]
+) -> list[str]:
+    """Lets the stream go on where the run stands, and change as `blend_schedule` says; lines for the user."""
+    blends = [(step, stream.shares(*parse_blend(blend))) for step, blend in run.blends]
+    stream.begin(next(weights for step, weights in reversed(blends) if step <= state.step))
+    lines = continue_order(recorded, stream, state.consumed_samples)
+    for step, weights in blends:
+        if step > state.step:
+            start = state.consumed_samples + schedule.samples_between(state.step, step)
+            stream.plan(start, weights)
+            lines.append(f"the blend is to change after step {step:,}, at sample {start:,}")
+    return lines
+
+
+def record_start(
+    run_dir: Path, effective: EffectiveConfig, state: TrainState, checkpoint: Path | None, world_size: int
+) -> None:
+    """One line of `history.jsonl` for each start of the run: from where, on what, with which settings."""
+    start = {
+        "step": state.step,
+        "time": round(time.time(), 3),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "world_size": world_size,
+        "model": str(effective.model_dir),
+        "config": effective.run.model_dump(mode="json"),
+    }
+    with contextlib.suppress(OSError), (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start, ensure_ascii=False) + "\n")
+
+
+def open_held_out(effective: EffectiveConfig, corpora: Corpora) -> dict[str, SampleStream]:
+    """The validation sets by name: what `split` leaves, and those of `valid_data`; none where never asked."""
+    run = effective.run
+    if run.eval_interval == 0:
+        return {}
+    sets = {SPLIT: corpora.valid} if corpora.valid else {}
+    for name, data in run.valid_data.items():
+        # A seed of its own: runs that differ in theirs can be compared.
+        sets[name] = open_corpora(as_blend(data), "100", effective.seq_length, 0).train
+    return sets
+
+
+def make_evaluator(
+    effective: EffectiveConfig, engine: Engine, sets: dict[str, SampleStream], shares: tuple[int, int, int]
+) -> Evaluator:
+    """shares: this rank, the number of ranks, samples of a micro step."""
+    run, sizes = effective.run, None
+    if has_tokenizer(effective.model_dir):
+        tokenizer = load_tokenizer(effective.model_dir)
+        sizes = token_bytes(tokenizer, effective.model.vocab_size, engine.device)
+    samples = run.eval_iters * EVALUATION_BATCH
+    return Evaluator(engine, sets, samples, *shares, run.document_mask, sizes)
 
 
 def documents_of(stream: SampleStream, samples: range) -> str:
@@ -249,14 +307,16 @@ def describe(
     """The run in a few lines."""
     run, train = effective.run, corpora.train.samples_per_epoch
     valid = corpora.valid.samples_per_epoch if corpora.valid else 0
-    variables = [f"{name}={os.environ[name]}" for name in backend.ENVIRONMENT_DEFAULTS if name in os.environ]
+    told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
+    variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
+    sizes = ", then ".join(str(samples) for _, samples in schedule.batch_sizes)
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (
         f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}; {kernels}\n"
         f"{environment}"
         f"{train} training and {valid} validation samples of {effective.seq_length} tokens; "
-        f"{schedule.total_steps} steps of {run.global_batch_size(world_size)} samples, "
+        f"{schedule.total_steps} steps of {sizes} samples, "
         f"{schedule.warmup_steps} of them warm-up\n"
         "MFU = tokens/s/device x (6 x (parameters - embedding) + 6 x layers x dim x sequence) / peak FLOP/s"
     )

@@ -48,8 +48,8 @@ def find_run(name: str) -> tuple[str, list[dict[str, Any]]]:
         files = [path for path in found if path.is_file()]
         if files:
             newest = max(files, key=lambda path: path.stat().st_mtime)
-            records = [record for record in read_metrics(newest) if record.get("loss") is not None]
-            if not records:
+            records = read_metrics(newest)
+            if not any(record.get("loss") is not None for record in records):
                 raise UserError(f"{newest} has no logged step yet")
             return f"{newest.parent.parent.name}/{newest.parent.name}", records
     raise UserError(f"no run {name}: neither a run folder nor an experiment under {OUTPUT}/ with {METRICS}")
@@ -58,13 +58,14 @@ def find_run(name: str) -> tuple[str, list[dict[str, Any]]]:
 def summary(records: list[dict[str, Any]]) -> list[str]:
     """The table's cells after the name."""
     valid = [record["valid_loss"] for record in records if record.get("valid_loss") is not None]
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
     rates = sorted(record["tokens_per_second"] for record in records if record.get("tokens_per_second"))
     mfu = sorted(record["mfu"] for record in records if record.get("mfu"))
     return [
         f"{records[-1]['step']:,}",
         f"{records[-1]['consumed_tokens']:,}",
-        f"{records[0]['loss']:.4f}",
-        f"{records[-1]['loss']:.4f}",
+        f"{losses[0]:.4f}",
+        f"{losses[-1]:.4f}",
         f"{min(valid):.4f}" if valid else "-",
         f"{rates[len(rates) // 2]:,.0f}" if rates else "-",
         f"{mfu[len(mfu) // 2]:.1%}" if mfu else "-",

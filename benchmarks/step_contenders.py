@@ -2,7 +2,8 @@
 
     python benchmarks/step_contenders.py NAME CONFIG.json    (started by train_step.py)
 
-Reads lines from its input: "step N" trains N steps, "end" ends. Answers are lines of "@" and JSON. All get
+Reads lines from its input: "step N" trains N steps, "profile" prints the longest operations of one, "end"
+ends. Answers are lines of "@" and JSON. All get
 the same tokens, and the same first weights, drawn parameter by parameter on the device.
 """
 
@@ -118,10 +119,9 @@ def ours_alone(settings: SimpleNamespace) -> tuple[Step, str]:
         for weight, master, (first, second, count), options in states:
             count += 1
             flat = weight.view(-1)
-            for block, start in blocks([weight.grad]):
-                part = slice(start, start + block.numel())
-                moments = first[part], second[part], count
-                settings.backend.adamw(flat[part], master[part], block, moments, options, factor)
+            parts = [(slice(start, start + block.numel()), block) for block, start in blocks([weight.grad])]
+            given = [(flat[at], master[at], block, first[at], second[at]) for at, block in parts]
+            settings.backend.adamw(given, count, options, factor)
             weight.grad = None
 
     def step(tokens: Tensor, labels: Tensor) -> float:
@@ -162,6 +162,19 @@ def transformers_llama(
         return call(input_ids=tokens, labels=labels, shift_labels=labels).loss
 
     return plain_step(settings, model, loss_of, precision), f"transformers {transformers.__version__}"
+
+
+def liger_llama(
+    settings: SimpleNamespace, stack: ExitStack, precision: str, compiled: bool
+) -> tuple[Step, str]:
+    """transformers' Llama with Liger's Triton kernels for norms, rotary, gate and loss (GPUs alone)."""
+    from importlib.metadata import version
+
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)
+    step, what = transformers_llama(settings, stack, precision, compiled)
+    return step, f"{what} with liger-kernel {version('liger-kernel')}"
 
 
 def litgpt_llama(settings: SimpleNamespace, stack: ExitStack, precision: str, compiled: bool):
@@ -269,7 +282,8 @@ def build(name: str, settings: SimpleNamespace, stack: ExitStack) -> tuple[Step,
     if name in OURS:
         return ours(settings, stack, OURS[name])
     library, precision, *compiled = name.split("-")
-    makers = {"transformers": transformers_llama, "litgpt": litgpt_llama, "torchtitan": torchtitan_llama}
+    makers = {"transformers": transformers_llama, "liger": liger_llama, "litgpt": litgpt_llama}
+    makers["torchtitan"] = torchtitan_llama
     maker = makers[library]
     return maker(settings, stack, precision, bool(compiled))
 
@@ -309,15 +323,17 @@ def _random(settings: SimpleNamespace, rows: int, columns: int) -> Tensor:
 
 
 def _time(settings: SimpleNamespace, function: Callable, *arguments: Tensor) -> float:
-    """Median of a few calls."""
+    """Seconds of a call, the median of five; on a device of twenty calls each, which wait for one another."""
+    calls = 1 if settings.device.type == "cpu" else 20
     function(*arguments)
     times = []
     for _ in range(5):
         settings.backend.synchronize()
         started = time.perf_counter()
-        function(*arguments)
+        for _ in range(calls):
+            function(*arguments)
         settings.backend.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started) / calls)
     return sorted(times)[2]
 
 
@@ -343,6 +359,15 @@ def answer(facts: dict) -> None:
     print("@" + json.dumps(facts), flush=True)
 
 
+def profile_of(step: Callable[[], float]) -> str:
+    """The operations of one step that took longest, by the device's own clock where there is a device."""
+    with torch.profiler.profile() as found:
+        step()
+    on_device = torch.accelerator.is_available()
+    order = "self_device_time_total" if on_device else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+
+
 def main() -> None:
     name, values = sys.argv[1], json.loads(sys.argv[2])
     config = ModelConfig(**values.pop("config"))
@@ -364,6 +389,9 @@ def main() -> None:
             word, *count = line.split()
             if word == "end":
                 break
+            if word == "profile":
+                print(profile_of(lambda: step(tokens, labels)), flush=True)
+                continue
             if step is None:
                 answer(matmul_seconds(settings))
                 continue

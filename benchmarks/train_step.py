@@ -39,6 +39,7 @@ THEIRS = [
     for precision in ("fp32", "amp", "pure")
 ]
 LITGPT = ["litgpt-amp", "litgpt-pure"]
+LIGER = ["liger-amp", "liger-pure"]
 TITAN = ["torchtitan-amp", "torchtitan-pure"]
 PRESETS: dict[str, dict] = {
     "cpu": {
@@ -129,7 +130,7 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=3, help="in a turn, of which the median counts; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, help="of each contender; default: torch's choice")
-    names = ["ours", "ours-fp8", "ours-fp8-rowwise", *THEIRS, *LITGPT, *TITAN]
+    names = ["ours", "ours-fp8", "ours-fp8-rowwise", *THEIRS, *LIGER, *LITGPT, *TITAN]
     parser.add_argument("--contenders", nargs="+", help=f"{', '.join(names)}[-compiled]")
     parser.add_argument("--compile-ours", action="store_true", help="compiled blocks on a CPU, too")
     parser.add_argument("--one-at-a-time", action="store_true", help="never two contenders in memory")

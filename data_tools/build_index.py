@@ -31,12 +31,13 @@ def main() -> int:
     run = effective.run
     from aquila.data.indexed import open_corpora
 
-    for prefix in parse_blend(run.data_prefix)[0]:
+    for prefix in run.datasets:
         try:
             Path(f"{prefix}.order").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{prefix}.order cannot be made: {error.strerror}") from None
-    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed)
+    later = [prefix for _, blend in run.blends for prefix in parse_blend(blend)[0]]
+    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, later=later)
     for name, stream in (("training", corpora.train), ("validation", corpora.valid)):
         for corpus in stream.corpora if stream else ():
             for epoch in range(arguments.epochs if name == "training" else 1):

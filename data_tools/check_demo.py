@@ -43,7 +43,7 @@ def main() -> int:
         else:
             print(f"wrong: {prompt!r} -> {completion!r}, expected {expected!r}")
     run = folder.parent.parent
-    records = read_metrics(run / "metrics.jsonl")
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r.get("loss") is not None]
     if records:
         print(
             f"loss {records[0]['loss']:.3f} (ln of the vocabulary: {math.log(tokenizer.vocab_size):.3f}) -> "

@@ -62,14 +62,12 @@ def samples_of_step(metrics: Path, step: int) -> range:
 
     Raises `UserError` for a run without logged steps and for a step that it has not reached.
     """
+    from aquila.training.metrics import read_metrics
+
     records = {0: 0}
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                records[record["step"]] = record["consumed_samples"]
-            except (json.JSONDecodeError, KeyError):
-                continue
+    for record in read_metrics(metrics):
+        if type(record.get("consumed_samples")) is int:
+            records[record["step"]] = record["consumed_samples"]
     last = max(records)
     if last == 0:
         raise UserError(f"{metrics} holds no logged step: is {metrics.parent} a run folder?")

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: where the project is, and which Python runs it.
 
+unset CDPATH # with it, cd prints where it went
 PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -61,7 +62,7 @@ torch_build() {
     shift 2
     report="$(mktemp)"
     if "$python" -m pip --disable-pip-version-check install -qq --dry-run --no-deps --report "$report" \
-        "$@" -r "$PROJECT/requirements/torch.txt" 2>/dev/null; then
+        "$@" -r "${TORCH_LIST:-$PROJECT/requirements/torch.txt}" 2>/dev/null; then
         build="$("$python" - "$report" "$machine" <<'PYTHON'
 import json, sys
 from pip._vendor.packaging.requirements import Requirement
@@ -76,3 +77,60 @@ PYTHON
     rm -f "$report"
     printf '%s' "$build"
 }
+
+# CANN's variables, where they are not set and its set_env.sh is found (as aquila/launch/toolkit.py does).
+set_up_cann() {
+    local place
+    if [ -n "${ASCEND_HOME_PATH:-}" ]; then return; fi
+    for place in "${AQUILA_CANN_SET_ENV:-}" /usr/local/Ascend/{cann,ascend-toolkit}/set_env.sh ~/Ascend/{cann,ascend-toolkit}/set_env.sh; do
+        if [ -f "$place" ]; then
+            set +eu
+            # shellcheck disable=SC1090
+            source "$place" >/dev/null 2>&1
+            set -eu
+            return
+        fi
+    done
+}
+
+# The version of the CANN that is set up, such as 8.3.RC1; nothing when it is not found.
+cann_version() {
+    local home="${ASCEND_HOME_PATH:-}" found=""
+    [ -n "$home" ] || return 0
+    found="$(cat "$home"/ascend_toolkit_install.info "$home"/*/ascend_toolkit_install.info 2>/dev/null |
+        sed -n 's/^version=\([0-9][0-9]*\.[^ ]*\).*/\1/p' | head -n 1)" || true
+    [ -n "$found" ] || found="$(cat "$home"/version.cfg "$home"/*/version.cfg 2>/dev/null |
+        sed -n 's/.*:\([0-9][0-9]*\.[0-9][^]]*\)\].*/\1/p' | head -n 1)" || true
+    printf '%s' "$found"
+}
+
+# npu_pair TORCH CANN: the vendor's newest "torch torch_npu" for both (requirements/npu_pairs.txt), else for
+# that torch alone. Either may be empty; both empty: the newest of all. Nothing when there is none.
+npu_pair() {
+    awk -v torch="$1" -v cann="$2" '
+        function release(version, parts) { split(version, parts, "."); return parts[1] "." parts[2] }
+        /^#/ || NF < 3 || (torch != "" && $1 != torch) { next }
+        { any = any == "" ? $1 " " $2 : any }
+        cann == "" || release($3) == release(cann) { print $1, $2; found = 1; exit }
+        END { if (!found && torch != "" && any != "") print any }
+    ' "$PROJECT/requirements/npu_pairs.txt"
+}
+
+# torch_npu_for PYTHON: what pip is to install as torch_npu beside the torch that this Python has; nothing
+# when it has a torch_npu, which stays: a vendor's image knows its own pair.
+torch_npu_for() {
+    local versions torch pair
+    versions="$("$1" -c 'from importlib.metadata import PackageNotFoundError, version
+for name in ("torch", "torch_npu"):
+    try:
+        print(version(name).split("+")[0])
+    except PackageNotFoundError:
+        print()')"
+    torch="${versions%%$'\n'*}"
+    if [ "$torch" != "$versions" ] && [ -n "${versions#*$'\n'}" ]; then return; fi
+    pair="$(npu_pair "$torch" "$(cann_version)")"
+    [ -n "$pair" ] || fail "requirements/npu_pairs.txt has no torch_npu for torch $torch; install the vendor's for it, and this script keeps it, or take one of: $(npu_torches)"
+    printf 'torch_npu==%s' "${pair#* }"
+}
+
+npu_torches() { awk '!/^#/ && NF { print $1 }' "$PROJECT/requirements/npu_pairs.txt" | sort -Vru | paste -sd' ' -; }

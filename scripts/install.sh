@@ -31,7 +31,7 @@ main() {
     [ -n "$device" ] || device="$(machine_device)"
 
     local lists=(torch build core) list
-    if [ "$device" = npu ]; then lists+=(npu); fi
+    if [ "$device" = npu ]; then lists+=(npu_pairs); fi
     if [ "$dev" = 1 ]; then lists+=(extras dev); fi
     local wanted=""
     for list in "${lists[@]}"; do
@@ -95,7 +95,9 @@ find_python() {
 # nothing otherwise.
 device_torch() {
     "$1" - "$2" <<'PYTHON' 2>/dev/null || true
-import sys
+import os, sys
+if sys.argv[1] == "1":
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 import torch
 if sys.argv[1] == "1" or torch.accelerator.is_available():
     print(torch.__version__)
@@ -116,13 +118,19 @@ check_tools() {
 }
 
 install_all() {
-    local device="$1" dev="$2" wheelhouse="$3" python own_torch=""
+    local device="$1" dev="$2" wheelhouse="$3" python own_torch="" torch_npu
     python="$(find_python)"
     check_tools "$python"
+    if [ "$device" = npu ]; then set_up_cann; fi
     if [ "$device" != cpu ] || [ "$4" = 1 ]; then own_torch="$(device_torch "$python" "$4")"; fi
     if [ "$4" = 1 ] && [ -z "$own_torch" ]; then
-        fail "--system-torch: $python cannot import torch (on NPU: source CANN's set_env.sh first)"
+        fail "--system-torch: $python cannot import torch: $(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c 'import torch' 2>&1 | tail -n 1)"
     fi
+    if [ "$device" = npu ] && [[ "$own_torch" == *+cu* ]]; then
+        fail "torch $own_torch of $python is a CUDA build, which torch_npu refuses; put the CPU build of the same release there (on aarch64 the package index has the CUDA build): pip install --index-url $PYTORCH_CPU_WHEELS torch==${own_torch%%+*}"
+    fi
+    # From here on torch is imported to build against, without a device: an image is built where no driver is.
+    export TORCH_DEVICE_BACKEND_AUTOLOAD=0
     if [ ! -x "$VENV/bin/python" ] || ! python_works "$VENV/bin/python"; then
         echo "making $VENV with $("$python" --version)${own_torch:+ on the torch $own_torch of $python}"
         rm -f "$STAMP"
@@ -148,6 +156,8 @@ install_all() {
         echo "torch==$own_torch" >"$constraints"
     else
         cp "$LISTS/torch.txt" "$constraints"
+        if [ "$device" = npu ] && [ -z "$wheelhouse" ]; then npu_torch "$constraints"; fi
+        export TORCH_LIST="$constraints"
         echo "installing torch"
         install_torch "$device"
     fi
@@ -158,13 +168,28 @@ install_all() {
     # a machine with a GPU and without CUDA's toolkit deepspeed's setup.py would end with MissingCUDAException.
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu PATH="$VENV/bin:$PATH" \
         "${pip[@]}" install -qq "${from[@]}" -c "$constraints" --no-build-isolation -r "$LISTS/core.txt"
-    if [ "$device" = npu ]; then "${pip[@]}" install -qq "${from[@]}" -c "$constraints" -r "$LISTS/npu.txt"; fi
+    if [ "$device" = npu ]; then
+        torch_npu="$(torch_npu_for "$VENV/bin/python")"
+        if [ -n "$torch_npu" ]; then
+            echo "installing $torch_npu"
+            "${pip[@]}" install -qq "${from[@]}" -c "$constraints" "$torch_npu"
+        fi
+    fi
     if [ "$dev" = 1 ]; then install_dev; fi
     # `python -m aquila...` works from every folder.
     "$VENV/bin/python" - "$PROJECT" <<'PYTHON'
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_paths()["purelib"], "aquila-project.pth").write_text(sys.argv[1] + "\n")
 PYTHON
+}
+
+# The torch that goes with the CANN that is here, where the vendor's table knows it.
+npu_torch() {
+    local cann pair
+    cann="$(cann_version)"
+    pair="$(npu_pair "" "$cann")"
+    [ -n "$pair" ] || fail "CANN $cann is in none of the vendor's pairs of requirements/npu_pairs.txt (torch $(npu_torches)); install one of their CANN releases"
+    echo "torch==${pair% *}" >"$1"
 }
 
 # Tests, lint, and the packages of single features, which have tests, too.
@@ -199,10 +224,10 @@ install_torch() {
     if [ ${#from[@]} = 0 ]; then
         choose_torch "$1" "$VENV/bin/python" "$(uname -m)"
         if [ ${#torch_from[@]} -gt 0 ]; then
-            "${pip[@]}" install -qq --no-deps "${torch_from[@]}" -r "$LISTS/torch.txt"
+            "${pip[@]}" install -qq --no-deps "${torch_from[@]}" -r "$TORCH_LIST"
         fi
     fi
-    "${pip[@]}" install -qq "${from[@]}" -r "$LISTS/torch.txt"
+    "${pip[@]}" install -qq "${from[@]}" -r "$TORCH_LIST"
 }
 
 main "$@"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from aquila.acceptance.ranks import environment, start_ranks
 from aquila.acceptance.table import Measured, Skip, Table
 from aquila.core.paths import ROOT
 
@@ -21,7 +22,8 @@ MODEL = {
 }  # fmt: skip
 RUN = {
     "data_prefix": "data/demo_text_document", "split": "90,10", "train_iters": STEPS, "lr": 1e-3,
-    "warm_up_iters": 2, "log_interval": 1, "eval_interval": STEPS, "eval_iters": 1, "save_interval": SAVED,
+    "warm_up_iters": 2, "log_interval": 1, "eval_interval": STEPS, "eval_iters": 1, "eval_at_start": False,
+    "save_interval": SAVED,
     "tensorboard": False, "batch_size": 2,
 }  # fmt: skip
 TIMEOUT = 300
@@ -53,33 +55,23 @@ class Runs:
         self.ready = True
         return Measured(time.perf_counter() - started, unit="s")
 
-    def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-
     def _python(self, *words: str) -> None:
         done = subprocess.run(
-            [sys.executable, *words], cwd=self.folder, env=self._environment(), capture_output=True, text=True
+            [sys.executable, *words], cwd=self.folder, env=environment(), capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-500:])
 
     def start(self, experiment: str, ranks: int, *overrides: str) -> subprocess.Popen:
         """Ranks under torchrun, their output in EXPERIMENT.log."""
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "aquila.pretrain",
-            "run.yaml", str(self.folder / "checkpoints_in" / "small"), experiment, *overrides,
-        ]  # fmt: skip
-        with (self.folder / f"{experiment}.log").open("a") as log:
-            return subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self._environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        words = [
+            "-m",
+            "aquila.pretrain",
+            "run.yaml",
+            str(self.folder / "checkpoints_in" / "small"),
+            experiment,
+        ]
+        return start_ranks(ranks, [*words, *overrides], self.folder, self.folder / f"{experiment}.log")
 
     def run(self, experiment: str, ranks: int, *overrides: str) -> list[dict]:
         """A whole run; its records. Raises `RuntimeError` with the end of its log when it fails."""
@@ -104,12 +96,7 @@ class Runs:
 
     def records(self, experiment: str) -> list[dict]:
         """What `metrics.jsonl` holds so far, whole lines alone."""
-        path = self.folder / "checkpoints_out" / experiment / "0" / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        return [
-            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        return read_records(self.folder / "checkpoints_out" / experiment / "0" / "metrics.jsonl")
 
     def killed(self, experiment: str, ranks: int, *overrides: str) -> list[dict]:
         """A run that is killed (SIGKILL to every rank) after its first save, and started again."""
@@ -125,6 +112,14 @@ class Runs:
         return self.run(experiment, ranks, *overrides)
 
 
+def read_records(path: Path) -> list[dict]:
+    """The steps of a `metrics.jsonl`, whole lines alone; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+    return [record for record in map(json.loads, whole) if record.get("loss") is not None]
+
+
 def loss_difference(one: list[dict], other: list[dict]) -> float:
     """Greatest relative difference of the losses of two runs, step by step."""
     losses = [
@@ -135,12 +130,12 @@ def loss_difference(one: list[dict], other: list[dict]) -> float:
     return max(abs(a - losses[1][step]) / abs(a) for step, a in losses[0].items())
 
 
-def check_training(table: Table, devices: int, precision: str) -> None:
+def check_training(table: Table, devices: int, precision: str, overlaps: bool = False) -> None:
     """ZeRO stages, ranks, save, kill, resume. `devices`: ranks at most; `precision`: the device's best."""
     with tempfile.TemporaryDirectory(prefix="aquila-accept-") as name:
         runs = Runs(Path(name).resolve(), devices)
         table.check("training", "demo corpus", runs.prepare)
-        exact = f"precision={'fp32'}"
+        exact = "precision=fp32"
         half = min(2, devices)
         fp32: list[dict] = []
 
@@ -156,8 +151,16 @@ def check_training(table: Table, devices: int, precision: str) -> None:
                 lambda word=word, stage=stage: Measured(
                     loss_difference(fp32, runs.run(f"two-{stage}", 2, exact, word)), 1e-5
                 ),
-                needs=(),
+                needs=("collectives",),
             )  # fmt: skip
+
+        def other_way() -> Measured:
+            """What the device's default is not: reduced during backward, or after it."""
+            found = runs.run("other-way", 2, exact, "zero_stage=2", f"overlap_comm={not overlaps}")
+            return Measured(loss_difference(fp32, found), 1e-5)
+
+        name = f"2 ranks, fp32, overlap_comm={not overlaps} = 1 rank"
+        table.check("training", name, other_way, needs=("collectives",))
         rest = (f"precision={precision}", f"batch_size={4 // half}")
 
         def resumed() -> Measured:

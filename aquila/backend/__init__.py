@@ -8,10 +8,12 @@ device has. Every module offers:
   `cross_entropy_(logits, labels, scale, z_loss, gradient)`,
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
 - `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
+  `step_attention(qkv, kv, rows)`, its attention over the cache;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
   `OVERLAP_COMM` whether gradients are reduced during backward by default,
-  `KEPT` how operators keep activations (`planning.memory.Setup`'s one_pass and statistics),
+  `KEPT` how operators keep activations (fields of `planning.memory.Setup`),
+  `DETERMINISTIC` the variables of `make_deterministic()`, after which results are the same bit for bit,
   `ENVIRONMENT_DEFAULTS` what `set_device` sets in the environment where the user has not;
 - `fp8_support()` says how linear layers in float8 run ("native", "emulated"), or why they cannot;
   `convert_to_fp8(layers, recipe)` makes them so;

@@ -1,5 +1,6 @@
 """What several devices share: torch's fused attention, attention products in the input's dtype, AdamW."""
 
+import os
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
@@ -51,6 +52,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: in
     return out.transpose(1, 2)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows, rotate: Callable) -> Tensor:
+    """`reference.step_attention` with a device's rotary embedding and torch's fused attention."""
+    return reference.attend_by_runs(qkv, kv, rows, rotate, F.scaled_dot_product_attention)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -98,3 +104,24 @@ def refuse_optimizer(kind: str, known: tuple[str, ...]) -> UserError:
 def refuse_fp8(reason: str, layers: nn.Module, recipe: str) -> None:
     """`convert_to_fp8` of a device that cannot. Raises `UserError`."""
     raise UserError(f"fp8: {recipe}: {reason}")
+
+
+def make_deterministic(variables: dict[str, tuple[str, ...]]) -> None:
+    """Lets torch take only kernels that give the same bits each time; others raise when they are called.
+
+    `variables`: what the device's libraries read, each with the values that will do; the first is set where
+    the user has set none. To be called before the device has computed anything. Raises `UserError` where the
+    environment says the contrary.
+    """
+    for name, values in variables.items():
+        if os.environ.setdefault(name, values[0]) not in values:
+            raise UserError(
+                f"deterministic is True, but {name}={os.environ[name]} in the environment is not; unset it, "
+                f"or say {name}={values[0]}"
+            )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    from torch._inductor import config
+
+    if hasattr(config, "deterministic"):  # from torch 2.9 on: no choice of a kernel by timing
+        config.deterministic = True

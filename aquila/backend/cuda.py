@@ -1,11 +1,11 @@
-"""NVIDIA GPU: torch's fused attention and norms, the loss as one compiled kernel.
+"""NVIDIA GPU: torch's fused attention and norms; loss, AdamW and the gradients' norm as compiled kernels.
 
-Written against torch's documented interfaces. The functions that do arithmetic are tested on CPU tensors;
-nothing in this file has run on a GPU yet.
+`python -m aquila.accept` checks it on the GPU that is there; benchmarks/LOG.md says on which it has run.
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,11 @@ from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True
+LOGITS_BYTES = {2: 1 << 30, 4: 1 << 30, 8: 1 << 30}
 OVERLAP_COMM = True
-KEPT = {"one_pass": 0, "statistics": 4}
+SQUARES = 1024  # summed in fp32
+KEPT = {"one_pass": 0, "statistics": 4, "logits_bytes": LOGITS_BYTES[2]}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8")}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -27,13 +30,11 @@ SAVED_IN_SELECTIVE = (
 OPTIMIZERS = ("torch", "apex")
 
 # What torch does as well here as anything else.
-adamw = reference.adamw
 add_weight_gradient = reference.add_weight_gradient
 embedding = reference.embedding
 linear = reference.linear
 prepare_weight = reference.prepare_weight
 rotary = reference.rotary
-square_sum = reference.square_sum
 step_linear = reference.step_linear
 swiglu = reference.swiglu
 whole_cross_entropy = reference.whole_cross_entropy
@@ -42,6 +43,7 @@ whole_cross_entropy = reference.whole_cross_entropy
 _PEAKS = {
     "V100": (125, 15.7),  # fp16 only
     "A10": (125, 31.2),
+    "A10G": (70, 31.2),
     "A30": (165, 10.3),
     "A100": (312, 19.5),
     "A800": (312, 19.5),
@@ -49,6 +51,8 @@ _PEAKS = {
     "RTX 4090": (165, 82.6),
     "H20": (148, 44),
     "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H200 NVL": (835, 60),
     "H100": (989, 67),
     "H800": (989, 67),
     "H200": (989, 67),
@@ -90,18 +94,96 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, by torch's fused attention."""
+    return common.step_attention(qkv, kv, rows, rotary)
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
 ) -> Tensor:
     """As `reference.cross_entropy_`, compiled: one pass over the logits for the sum, one for the gradient."""
-    return _compiled_loss()(logits, labels, scale, z_loss, gradient)
+    return _compiled(loss_, False)(logits, labels, scale, z_loss, gradient)
 
 
-@lru_cache(maxsize=1)
-def _compiled_loss() -> Callable:
+def loss_(logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float, gradient: bool) -> Tensor:
+    """`reference.cross_entropy_` in a form that compiles to two kernels, without a scatter."""
+    index, scale = labels[:, None], scale[:, None]
+    x = reference.wide(logits)
+    lse = torch.logsumexp(x, dim=1, keepdim=True)
+    losses = lse - x.gather(1, index) + z_loss * lse.square()
+    if gradient:
+        slope = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
+        hit = torch.arange(x.shape[1], device=x.device)[None] == index
+        logits.copy_(slope - torch.where(hit, scale.to(x.dtype), 0.0))
+    return losses[:, 0]
+
+
+def square_sum(pieces: Iterable[Tensor]) -> Tensor:
+    """As `reference.square_sum`, compiled: one read of each piece; short sums in fp32, their sum in fp64."""
+    rows, rests = _compiled(square_sum_, True), []
+    sums = []
+    for piece in pieces:
+        flat = piece.view(-1)
+        whole = flat.numel() // SQUARES * SQUARES
+        if whole:
+            sums.append(rows(flat[:whole]))
+        rests.append(flat[whole:])
+    return reference.square_sum(rests) + torch.stack(sums).sum() if sums else reference.square_sum(rests)
+
+
+def square_sum_(x: Tensor) -> Tensor:
+    """The sum of the squares of a flat x of a multiple of `SQUARES` numbers; fp64 is slow here."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.view(-1, SQUARES).square().sum(dim=1).sum(dtype=torch.float64)
+
+
+def adamw_(
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """`reference.adamw` of one block, in a form that compiles to one kernel: 28 bytes a parameter in bf16.
+
+    scalars: fp32 (4,) on the device: factor, 1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t).
+    """
+    factor, keep, rate, root = scalars.unbind()
+    slope = gradient.to(master.dtype) * factor
+    exp_avg.mul_(beta1).add_(slope * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(slope * slope * (1 - beta2))
+    master.mul_(keep).sub_(rate * exp_avg / (exp_avg_sq.sqrt() / root + eps))
+    weights.copy_(master)
+
+
+def adamw(
+    blocks: Iterable[reference.AdamBlock], step: Tensor, settings: dict[str, Any], factor: float | Tensor
+) -> None:
+    """As `reference.adamw`, one kernel a block, rounded in another order; nothing is read from the device."""
+    beta1, beta2 = settings["betas"]
+    steps, rate = step.double(), settings["lr"]
+    scalars = torch.empty(4, dtype=torch.float64, device=step.device)
+    scalars[0] = factor
+    scalars[1] = 1 - rate * settings["weight_decay"]
+    scalars[2] = rate / (1 - beta1**steps)
+    scalars[3] = (1 - beta2**steps).sqrt()
+    scalars = scalars.float()
+    kernel = _compiled(adamw_, True)
+    for block in blocks:
+        kernel(*block, scalars, beta1, beta2, settings["eps"])
+
+
+@lru_cache(maxsize=8)
+def _compiled(function: Callable, dynamic: bool) -> Callable:
+    """`function` compiled for the GPU; itself where there is no GPU or no triton. dynamic: of any size."""
     if not torch.cuda.is_available() or common.find("triton", "jit") is None:
-        return reference.cross_entropy_
-    return torch.compile(reference.cross_entropy_, dynamic=False)
+        return function
+    return torch.compile(function, dynamic=dynamic)
 
 
 def optimizer_kind(asked: str = "auto") -> str:
@@ -142,6 +224,9 @@ def set_device(local_rank: int) -> torch.device:
         raise ValueError(f"local rank {local_rank} has no GPU: {device_count()} are visible")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 def device_name() -> str:
@@ -209,5 +294,5 @@ def kernels() -> dict[str, str]:
         "rotary": "torch",
         "swiglu": "torch",
         "cross_entropy": "torch, compiled" if common.find("triton", "jit") else "torch",
-        "optimizer": "torch AdamW, fused",
+        "optimizer": "AdamW, compiled" if common.find("triton", "jit") else "torch AdamW, fused",
     }

@@ -24,22 +24,28 @@ from aquila.core.errors import UserError
 
 COMMUNICATION = "hccl"
 COMPILE_BLOCKS = False
+LOGITS_BYTES = reference.LOGITS_BYTES
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
 KEPT = {"one_pass": 1, "statistics": 64}
+DETERMINISTIC: dict[str, tuple[str, ...]] = {
+    "HCCL_DETERMINISTIC": ("true", "strict"),
+    "LCCL_DETERMINISTIC": ("1",),
+}
 OPTIMIZERS = ("torch",)
 # Set where the user has not, before the device is first used; as the vendor's training scripts do, the effect
-# on a device not measured here. Memory segments that grow, unless torch's own variable says something.
+# on a device not measured here.
 # Ranks may come to the first collective half an hour apart (cold disks); a hang is our watchdog's to end.
 ENVIRONMENT_DEFAULTS = {
     "TASK_QUEUE_ENABLE": "2",
     "CPU_AFFINITY_CONF": "1",
-    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
     "HCCL_CONNECT_TIMEOUT": "1800",
     "HCCL_EXEC_TIMEOUT": "3600",
+    # Ports that nobody else has, by CANN's own choice: those of a killed run may be bound for a while.
+    "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+    "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
 }
-_ALLOCATOR = ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # both set end the process
 
 # What torch does as well here as anything else.
 adamw = reference.adamw
@@ -346,6 +352,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave").view(x.shape).to(x.dtype)
 
 
+def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
+    """As `reference.step_attention`, by torch's fused attention."""
+    return common.step_attention(qkv, kv, rows, rotary)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`; the kernel takes both halves as one tensor."""
     return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), -1)
@@ -429,8 +440,7 @@ def set_device(local_rank: int) -> torch.device:
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
     for name, value in ENVIRONMENT_DEFAULTS.items():
-        if name not in _ALLOCATOR or not any(other in os.environ for other in _ALLOCATOR):
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
     torch.npu.set_device(local_rank)
     if _FIRST_GENERATION.fullmatch(device_name()):
         raise UserError(
@@ -438,6 +448,9 @@ def set_device(local_rank: int) -> torch.device:
             "npu_swiglu and npu_cross_entropy_loss; train on a 910B1 to 910B4 or a later chip"
         )
     return torch.device("npu", local_rank)
+
+
+make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
 
 
 def device_name() -> str:

@@ -4,8 +4,9 @@ Shapes: B batch, S query positions, T key positions, H query heads, K key heads,
 V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tests use as the truth).
 """
 
+import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,9 @@ def attention_kind(asked: str) -> str:
 # Operators whose results selective recomputation keeps: the two products of plain attention.
 SAVED_IN_SELECTIVE = (torch.ops.aten.bmm.default,)
 COMPILE_BLOCKS = False
+LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
+"""Bytes of a chunk of logits, by bytes of a number. Half precision gets more, because fewer chunks mean fewer
+roundings of its weight gradient."""
 OVERLAP_COMM = True
 KEPT = {"one_pass": 0, "statistics": 4}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
@@ -195,6 +199,60 @@ def step_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     return (torch.nn.functional.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
 
 
+class StepRows(NamedTuple):
+    """Where the rows of a generation step stand: row i's new token is at position lengths[i]."""
+
+    lengths: list[int]
+    places: Tensor  # the same, int64 (n,)
+    cos: Tensor  # of these positions, fp32 (n, D / 2)
+    sin: Tensor
+
+
+def step_attention(qkv: Tensor, kv: Tensor, rows: StepRows) -> Tensor:
+    """Attention of each row's new token over its row of the cache: (n, H D).
+
+    qkv (n, H + 2 K, D): queries, keys and values of the new tokens, not yet turned; it may be overwritten.
+    kv (n, 2 K, room, D): keys, then values, of one layer. The new ones are put in at `rows.places`.
+    """
+    return attend_by_runs(qkv, kv, rows, rotary, _attend_plainly)
+
+
+def attend_by_runs(qkv: Tensor, kv: Tensor, rows: StepRows, rotate: Callable, attend: Callable) -> Tensor:
+    """`step_attention` with a device's own `rotate` (as `rotary`) and `attend`.
+
+    `attend` takes q (n, K, H / K, D), k and v (n, K, T, D) of rows of one length. Neighbouring rows of one
+    length attend together and not under a mask with others: the sum over more places, be they masked, rounds
+    another way, and in bf16 a row would then depend on its neighbours.
+    """
+    kv_heads = kv.shape[1] // 2
+    heads = qkv.shape[1] - 2 * kv_heads
+    turned = rotate(qkv[:, None, : heads + kv_heads], rows.cos[:, None], rows.sin[:, None])[:, 0]
+    new = torch.cat((turned[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
+    runs = _runs(rows.lengths)
+    if len(runs) == 1:
+        kv[:, :, rows.lengths[0]] = new
+    else:
+        kv[torch.arange(len(kv), device=kv.device), :, rows.places] = new
+    q = turned[:, :heads].unflatten(1, (kv_heads, -1))  # (n, K, H / K, D)
+    out = [attend(q[run], kv[run, :kv_heads, :seen], kv[run, kv_heads:, :seen]) for run, seen in runs]
+    return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1)
+
+
+def _runs(lengths: list[int]) -> list[tuple[slice, int]]:
+    """Neighbouring rows of one length, and that length with the new token."""
+    runs, start = [], 0
+    for length, rows in itertools.groupby(lengths):
+        stop = start + len(list(rows))
+        runs.append((slice(start, stop), length + 1))
+        start = stop
+    return runs
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = wide(q) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ wide(v)).to(q.dtype)
+
+
 def prepare_weight(weight: Tensor) -> None:
     """Readies a weight in place for many calls of `step_linear`; here there is nothing to do."""
 
@@ -238,30 +296,30 @@ def square_sum(pieces: Iterable[Tensor]) -> Tensor:
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
 
-def adamw(
-    weights: Tensor,
-    master: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, Any],
-    factor: float,
-) -> None:
-    """One AdamW step (arXiv 1711.05101) of flat fp32 `master` and its copy in the training dtype, `weights`.
+AdamBlock = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""weights, master, gradient, exp_avg, exp_avg_sq; all flat; weights and gradient in the training dtype, the
+others in fp32."""
 
-    gradient: in the training dtype, multiplied by `factor` in fp32. moments: exp_avg, exp_avg_sq (fp32, flat)
-    and the step, already counted. settings: a group of the optimizer.
+
+def adamw(
+    blocks: Iterable[AdamBlock], step: Tensor, settings: dict[str, Any], factor: float | Tensor
+) -> None:
+    """One AdamW step (arXiv 1711.05101) of each block's master weights, and their copy in the training dtype.
+
+    Gradients are multiplied by `factor` (a scalar, unscaling and clipping) in fp32. step: fp32 scalar on the
+    device, already counted. settings: a group of the optimizer.
     """
-    wide = gradient.to(master.dtype)
-    if factor != 1.0:
-        wide = wide * factor if wide is gradient else wide.mul_(factor)
-    exp_avg, exp_avg_sq, step = moments
     beta1, beta2 = settings["betas"]
-    torch._fused_adamw_(
-        [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
-        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
-        eps=settings["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
-    weights.copy_(master)
+    for weights, master, gradient, exp_avg, exp_avg_sq in blocks:
+        wide = gradient.to(master.dtype)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            wide = wide * factor if wide is gradient else wide.mul_(factor)
+        torch._fused_adamw_(
+            [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
+            lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
+            eps=settings["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        weights.copy_(master)
 
 
 def fp8_support() -> str:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aquila.config.strict import nearest, read_json
+from aquila.config.deepspeed_values import typed
+from aquila.config.strict import nearest
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 
 # Key of deepspeed.json -> the run key that is the same quantity.
 _SAME = {
@@ -66,9 +68,9 @@ class DeepSpeedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = read_json(path)
         self.values: dict[str, tuple[Any, str]] = {}
         self.notes: list[str] = []
+        data = typed(path, read_json(path), self.notes)
         self._check_keys(data)
         self.passed_on = {key: value for key, value in data.items() if key in _PASSED_ON}
         self.hysteresis = data.get("fp16", {}).get("hysteresis", 2)
@@ -77,9 +79,6 @@ class DeepSpeedFile:
         self._collect(data)
 
     def _check_keys(self, data: dict[str, Any]) -> None:
-        for block in ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"):
-            if not isinstance(data.get(block, {}), dict):
-                raise UserError(f"{self.path}: {block}: must be a JSON object")
         for where, found, known in (
             ("", data, _KNOWN),
             ("zero_optimization.", data.get("zero_optimization", {}), _ZERO),
@@ -102,7 +101,7 @@ class DeepSpeedFile:
         if not self.values.get("bmt_loss_scale", (0,))[0]:  # 0 means dynamic to DeepSpeed
             self.values.pop("bmt_loss_scale", None)
             if power is not None:
-                self.values["bmt_loss_scale"] = (2**power, "fp16.initial_scale_power")
+                self.values["bmt_loss_scale"] = (2 ** int(power), "fp16.initial_scale_power")
         self._precision(flat)
         kind = flat.get("optimizer.type")
         if kind is not None and str(kind).lower() not in {"adam", "adamw"}:

@@ -9,7 +9,7 @@ import yaml
 
 from aquila.config.deepspeed import DeepSpeedFile
 from aquila.config.model import ModelConfig, load_model_config
-from aquila.config.run import RunConfig, find_config
+from aquila.config.run import RunConfig, as_blend, find_config
 from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
 from aquila.core.errors import UserError
 
@@ -159,9 +159,11 @@ def _show(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _deepspeed_path(named: str | None, config: Path, root: Path) -> Path | None:
+def _deepspeed_path(named: Any, config: Path, root: Path) -> Path | None:
     """The file that the YAML names, else deepspeed.json beside it, in `root`, or in `configs/`."""
     if named is not None:
+        if not isinstance(named, str):
+            raise UserError(f"{config}: deepspeed_config: must be a file's path (got {named!r})")
         place = next((p for p in (config.parent / named, root / named) if p.is_file()), None)
         if place is None:
             raise UserError(f"{config}: deepspeed_config {named} does not exist")
@@ -185,24 +187,29 @@ def _merge(
         history[key].append(Setting(_split_prefix(key, value), path.name))
     for text in overrides:
         key, value = _parse_override(text)
-        _check_layer({key: value}, f"'{text}' on the command line")
+        _check_layer({key: value}, f"'{_short(text)}' on the command line")
         history[key].append(Setting(_split_prefix(key, value), "command line"))
     return history
 
 
 def _split_prefix(key: str, value: Any) -> Any:
-    return value.split() if key == "data_prefix" and isinstance(value, str) else value
+    return as_blend(value) if key == "data_prefix" and isinstance(value, str) else value
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"'{text}' on the command line: overrides have the form key=value")
+        raise UserError(f"'{_short(text)}' on the command line: overrides have the form key=value")
     if key not in RunConfig.model_fields:
         known = nearest(key, list(RunConfig.model_fields))
-        raise UserError(f"'{text}' on the command line: unknown key '{key}'{known}")
-    parsed = value if RunConfig.model_fields[key].annotation is str else parse_yaml(value, f"'{text}'")
-    return key, parsed
+        raise UserError(f"'{_short(text)}' on the command line: unknown key '{key}'{known}")
+    if RunConfig.model_fields[key].annotation is str:
+        return key, value
+    return key, parse_yaml(value, f"'{_short(text)}'")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check_layer(values: dict[str, Any], where: str) -> None:
@@ -274,11 +281,32 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
             f"{json_file.path.name}: train_batch_size is not used: it is batch_size x "
             "gradient_accumulation_steps x devices"
         )
+    _check_steering(effective)
     if not (run.save_optim and run.save_rng):
         left_out = " and ".join(
             n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
         )
         effective.notes.append(f"checkpoints hold no {left_out} state: a resumed run will not be exact")
+
+
+def _check_steering(effective: EffectiveConfig) -> None:
+    """Keys that need one another, whichever layers they come from."""
+    run, sources = effective.run, effective.sources
+    if (run.rewarm_from is None) != (run.rewarm_iters is None):
+        raise UserError("rewarm_from and rewarm_iters go together: from which step, and for how many steps")
+    if run.wsd_start is None:
+        return
+    if run.lr_decay_style != "wsd":
+        raise UserError(
+            f"wsd_start {run.wsd_start} ({sources['wsd_start']}) needs lr_decay_style wsd, not "
+            f"{run.lr_decay_style} ({sources['lr_decay_style']})"
+        )
+    end = run.lr_decay_iters or run.train_iters
+    if end is not None and run.wsd_start >= end:
+        raise UserError(
+            f"wsd_start {run.wsd_start} ({sources['wsd_start']}) is not before step {end}, where the decay "
+            "ends; raise train_iters or lr_decay_iters"
+        )
 
 
 def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:

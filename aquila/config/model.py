@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, model_validator
 
-from aquila.config.strict import StrictModel, read_json, validate
+from aquila.config.strict import StrictModel, validate
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 
 
 class ModelConfig(StrictModel):

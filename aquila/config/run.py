@@ -1,11 +1,14 @@
 """The run: every key of the YAML file and of `key=value`, typed, with its meaning beside it."""
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from aquila.config.strict import StrictModel
+from aquila.core.errors import UserError
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -24,18 +27,26 @@ class RunConfig(StrictModel):
     """Passes over the training split."""
     train_iters: PositiveInt | None = None
     """Optimizer steps of the whole run; overrides `epochs`."""
+    batch_size_schedule: dict[NonNegativeInt, PositiveInt] = Field({})
+    """Samples of a step over all devices, from after a step on: {0: 256, 1000: 512}; by accumulation."""
+    skip_steps: list[str | PositiveInt] = Field([])
+    """Steps whose samples are consumed, but that are not taken: numbers and ranges, [120-130, 200]."""
     exit_interval: PositiveInt | None = None
     """Save and stop with status 75 after every this many steps."""
 
     # Data
     data_prefix: list[str | float] = Field(["indexed_dataset/data/demo_text_document"])
     """Indexed datasets, without .bin/.idx: paths, or weights and paths in turn."""
+    blend_schedule: dict[NonNegativeInt, str | list[str | float]] = Field({})
+    """Other blends in place of `data_prefix`, from after a step on: {1000: [0.5, a, 0.5, b]}."""
     split: str = "90,10"
     """Shares of training, validation and (optionally) test documents."""
     seq_length: PositiveInt | None = None
     """Tokens a sample; the model's `max_seq_len` when absent."""
     seed: NonNegativeInt = 2023
     """Seed of data order and of weights that start from scratch."""
+    valid_data: dict[str, str | list[str | float]] = Field({})
+    """Validation sets beside the split's, each evaluated whole or to `eval_iters`: name and dataset(s)."""
     document_mask: bool = False
     """Attention stays within a document when several share a sample."""
 
@@ -50,6 +61,12 @@ class RunConfig(StrictModel):
     """The same in steps; overrides `warm_up`."""
     lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Decay after the warm-up; wsd: stable, then linear over the last `wsd_decay` share."""
+    wsd_start: NonNegativeInt | None = None
+    """Step after which wsd decays, to cool down from any checkpoint; overrides `wsd_decay`."""
+    rewarm_from: NonNegativeInt | None = None
+    """Step after which the learning rate rises from 0 again to its schedule, such as a checkpoint's."""
+    rewarm_iters: PositiveInt | None = None
+    """How many steps it rises then."""
     lr_decay_iters: PositiveInt | None = None
     """Step at which `min_lr` is reached; the run's last step when absent."""
     wsd_decay: Share = 0.1
@@ -82,6 +99,8 @@ class RunConfig(StrictModel):
     """What those layers recompute: all of the layer, or all but attention."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the loss's z-term, which keeps the softmax's normalizer near 1."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, on devices that have others; slower there."""
     compile: bool | None = None
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -117,7 +136,11 @@ class RunConfig(StrictModel):
     eval_interval: NonNegativeInt = 1000
     """Steps between evaluations on the validation split; 0 never."""
     eval_iters: PositiveInt = 20
-    """Micro steps of one evaluation on each device, at most."""
+    """Sixteens of samples of one evaluation of each set, at most, whatever the batch size and devices."""
+    eval_at_start: bool = True
+    """Evaluate before the first step as well, unless `eval_interval` is 0."""
+    eval_at_end: bool = True
+    """Evaluate after the last step as well, unless `eval_interval` is 0."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb: bool = False
@@ -133,6 +156,11 @@ class RunConfig(StrictModel):
     hang_timeout: NonNegativeFloat = 1800
     """Seconds without a finished step after which the whole run ends with every rank's stack; 0 never."""
 
+    save_timeout: NonNegativeFloat = 7200
+    """Seconds that writing a checkpoint may take before it counts as standing still; 0 for ever."""
+    group_timeout: PositiveFloat = 1800
+    """Seconds that ranks wait for one another in a single exchange."""
+
     # Nodes (read by the launch scripts)
     max_restarts: NonNegativeInt = 0
     """How often ranks are started again from the newest checkpoint after a failure or a lost node."""
@@ -147,6 +175,11 @@ class RunConfig(StrictModel):
     def _consistent(self) -> "RunConfig":
         parse_split(self.split)
         parse_blend(self.data_prefix)
+        for name, blend in self.valid_data.items():
+            _check_set(name, blend)
+        for step, blend in self.blend_schedule.items():
+            _check_blend(f"blend_schedule: {step}", blend)
+        parse_steps(self.skip_steps)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
         return self
@@ -156,9 +189,79 @@ class RunConfig(StrictModel):
         """Learning rate at the end of the decay."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
+    @property
+    def datasets(self) -> list[str]:
+        """Every dataset that the run reads, each once."""
+        later = [*self.blend_schedule.values(), *self.valid_data.values()]
+        blends = [self.data_prefix, *map(as_blend, later)]
+        return list(dict.fromkeys(prefix for blend in blends for prefix in parse_blend(blend)[0]))
+
+    @property
+    def blends(self) -> list[tuple[int, list[str | float]]]:
+        """(step, blend of the steps after it) from step 0 on, in order."""
+        later = {step: as_blend(blend) for step, blend in self.blend_schedule.items()}
+        return sorted(({0: self.data_prefix} | later).items())
+
+    def skips(self, step: int) -> bool:
+        """Whether `skip_steps` names this step, counted from 1."""
+        return any(step in steps for steps in parse_steps(self.skip_steps))
+
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step over all devices."""
         return self.batch_size * self.gradient_accumulation_steps * world_size
+
+
+def as_blend(data: str | list[str | float]) -> list[str | float]:
+    """Paths, or weights and paths in turn, from a list or from one text of words.
+
+    A text with blanks is one path where there is such a dataset.
+    """
+    if not isinstance(data, str):
+        return data
+    return [data] if Path(f"{data}.idx").is_file() else list(data.split())
+
+
+def _check_set(name: str, blend: str | list[str | float]) -> None:
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or name == "split":
+        raise ValueError(
+            f"valid_data: {name!r} cannot name a set; use letters, digits, '.', '_', '+' and '-', not 'split'"
+        )
+    _check_blend(f"valid_data: {name}", blend)
+
+
+def _check_blend(where: str, blend: str | list[str | float]) -> None:
+    try:
+        parse_blend(as_blend(blend))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def parse_steps(steps: list[str | int]) -> list[range]:
+    """Numbers and ranges 'a-b', both ends included. Raises `ValueError` for anything else."""
+    ranges = []
+    for text in steps:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(f"skip_steps: {text!r} is no step and no range of steps, such as 120-130")
+        ranges.append(range(first, last + 1))
+    return ranges
+
+
+def batch_sizes(run: RunConfig, world_size: int) -> list[tuple[int, int]]:
+    """(step, samples of each step after it) from step 0 on, in order.
+
+    Raises `UserError` for a size of `batch_size_schedule` that `world_size` devices cannot share.
+    """
+    micro = run.batch_size * world_size
+    for step, samples in run.batch_size_schedule.items():
+        if samples % micro:
+            raise UserError(
+                f"batch_size_schedule: {step}: {samples} samples do not divide by batch_size x devices = "
+                f"{micro}; near ones that do are {max(1, samples // micro) * micro} "
+                f"and {(samples // micro + 1) * micro}"
+            )
+    return sorted(({0: run.global_batch_size(world_size)} | run.batch_size_schedule).items())
 
 
 def parse_split(split: str) -> list[float]:
@@ -167,6 +270,8 @@ def parse_split(split: str) -> list[float]:
         shares = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
         raise ValueError(f"split '{split}': give shares of train, valid[, test], such as '90,10'") from None
+    if not all(map(math.isfinite, shares)):
+        raise ValueError(f"split '{split}': a share is not a finite number")
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0:
         raise ValueError(f"split '{split}': give one to three shares, the first above 0, such as '90,10'")
     shares += [0.0] * (3 - len(shares))
@@ -186,6 +291,8 @@ def parse_blend(data_prefix: list[str | float]) -> tuple[list[str], list[float] 
     if not in_turn:
         raise ValueError("data_prefix: give paths only, or a weight before every path: [0.7, a, 0.3, b]")
     chosen = [weight for weight in weights if weight is not None]
+    if not all(map(math.isfinite, [*chosen, sum(chosen)])):
+        raise ValueError("data_prefix: a weight is not a finite number")
     if min(chosen) <= 0:
         raise ValueError("data_prefix: weights must be above 0; leave out what is not wanted")
     return [str(path) for path in data_prefix[1::2]], chosen

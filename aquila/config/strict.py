@@ -1,8 +1,7 @@
 """Reading of files and values into typed models, with errors a person can act on."""
 
 import difflib
-import json
-import math
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aquila.core.errors import UserError
+from aquila.core.text_files import is_finite, read_text
 
 
 class StrictModel(BaseModel):
@@ -18,17 +18,28 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+_LONGEST_SHOWN = 200
+"""Characters of a value in a message."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
+_LARGEST_YAML = 10_000
+"""Values that a YAML file may hold, each alias counted as what it stands for."""
+
+
 class _NumberLoader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-8` as text for want of a dot; this loader reads it as the number it is."""
+    """Numbers are what they look like, as in YAML 1.2: `1e-8` is one, `0200` is 200, `1:30` is a text.
+
+    YAML 1.1 reads a text for want of a dot, an octal number, and 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         # A key said twice is a mistake that plain YAML resolves in silence to the second.
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{node.start_mark.name}, line {line}: a key must be a plain text")
             if key_node.value in seen:
                 raise UserError(
                     f"{node.start_mark.name}, line {line}: key '{key_node.value}' stands a second time "
@@ -38,16 +49,46 @@ class _NumberLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FLOAT = yaml.resolver.re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$")
-_NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NumberLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in (_INT, _FLOAT)]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in (
+    (_INT, r"[-+]?\d[\d_]*$|0o[0-7]+$|0x[0-9a-fA-F]+$"),
+    (_FLOAT, r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+):
+    _NumberLoader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
+
+
+def _construct_int(loader: _NumberLoader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "")
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_NumberLoader.add_constructor(_INT, _construct_int)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """YAML to Python values. Raises `UserError` naming `where` and the line."""
-    loader = _NumberLoader(text)
+    try:
+        loader = _NumberLoader(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
     loader.name = where
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _LARGEST_YAML:
+            raise UserError(f"{where}: holds more than {_LARGEST_YAML} values; is this a run's file?")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deep, or an alias inside itself") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number of thousands of digits, a 30th of February
+        raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -56,14 +97,13 @@ def parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises `UserError` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values `node` unfolds to: a few hundred bytes of aliases can stand for gigabytes."""
+    if id(node) not in known:
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_size(child, known) for child in flat)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -76,26 +116,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` with the line for broken JSON, and for duplicate keys."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path}: key '{twice}' stands twice; remove one")
-        return result
-
-    try:
-        data = json.loads(read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
 def nearest(key: str, known: list[str]) -> str:
     """'; did you mean ...?' for a key that looks like a known one, else the empty string."""
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -105,8 +125,8 @@ def nearest(key: str, known: list[str]) -> str:
 def validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
     """`values` as a `model`. Raises `UserError` that lists every mistake, all at once."""
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: {key}: {value} is not a finite number")
+        if not is_finite(value):
+            raise UserError(f"{where}: {key}: {_shown(value)} is not a finite number")
     # 1e5 is a float to YAML and JSON, a count to a person; a float field takes the integer as well.
     values = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
     try:
@@ -116,11 +136,16 @@ def validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
         raise UserError(f"{where}: " + "\n  ".join(problems)) from None
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
 def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int)) or ""
     if item["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(key, list(model.model_fields))}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message.startswith("Input ") else message
-    got = f" (got {item['input']!r})" if key else ""
+    got = f" (got {_shown(item['input'])})" if key else ""
     return f"{key}: {message}{got}" if key else message

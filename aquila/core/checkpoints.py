@@ -1,12 +1,13 @@
 """Checkpoint folders on disk: names, checksums, what is whole and what is not."""
 
 import hashlib
-import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from aquila.core.text_files import parse_json, read_json
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -82,7 +83,7 @@ def damage(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder} does not exist"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
@@ -104,8 +105,8 @@ def damage(folder: Path) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """`state.json` of a checkpoint. Raises `UserError`."""
+    return read_json(folder / STATE)
 
 
 def write_atomically(path: Path, text: str) -> None:

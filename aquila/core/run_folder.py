@@ -19,16 +19,23 @@ from typing import Any
 
 from aquila.core.checkpoints import FOLDER, list_checkpoints
 from aquila.core.errors import UserError
+from aquila.core.text_files import parse_json
 
-_EXPERIMENT = re.compile(r"[\w][\w.+-]*$")
+STATUS = Path("launch") / "status.json"
+"""What the controller says of a run, in its folder."""
+_EXPERIMENT = re.compile(r"[\w][\w.+-]*")
+_LONGEST = 200
+"""Bytes of a folder's name: file systems take 255, and names of files are made from it."""
 
 
-def check_experiment(name: str) -> str:
-    """The name of an experiment, which becomes a folder. Raises `UserError` when it cannot be one."""
-    if not _EXPERIMENT.match(name) or name in (".", ".."):
+def check_experiment(name: str, what: str = "experiment name") -> str:
+    """The name of an experiment, or of `what`, which becomes a folder. Raises `UserError` when it cannot."""
+    if not _EXPERIMENT.fullmatch(name) or name in (".", ".."):
         raise UserError(
-            f"experiment name {name!r} cannot be a folder's name; use letters, digits, '.', '_', '+' and '-'"
+            f"{what} {name!r} cannot be a folder's name; use letters, digits, '.', '_', '+' and '-'"
         )
+    if len(os.fsencode(name)) > _LONGEST:
+        raise UserError(f"{what} {name[:20]!r}... has more than {_LONGEST} bytes; take a shorter one")
     return name
 
 
@@ -58,7 +65,8 @@ def choose_version(folder: Path, resume: str) -> tuple[str, bool]:
     """The version a launch writes to, and whether it continues one.
 
     `resume` "auto" continues the newest version that has a checkpoint. Otherwise a new version is named
-    after the hour, `2024123117`, then `2024123117-2`.
+    after the hour, `2024123117`, then `2024123117-2`. Names only grow: where the clock or its zone has gone
+    back, the newest name is counted on.
     """
     existing = versions(folder)
     if resume == "auto":
@@ -66,12 +74,26 @@ def choose_version(folder: Path, resume: str) -> tuple[str, bool]:
             if has_checkpoint(run_dir):
                 return run_dir.name, True
     hour = time.strftime("%Y%m%d%H")
-    taken = {path.name for path in existing}
-    name, count = hour, 1
-    while name in taken:
-        count += 1
-        name = f"{hour}-{count}"
-    return name, False
+    if not existing or _version_key(existing[-1].name) < (hour, 1):
+        return hour, False
+    newest, count = _version_key(existing[-1].name)
+    return f"{newest}-{count + 1}", False
+
+
+def launch_number(folder: Path) -> int:
+    """The number of an experiment's next launch: one more than any that its versions tell of."""
+    return 1 + max((_launch(path) for path in versions(folder)), default=0)
+
+
+def newest_launch(folder: Path) -> Path | None:
+    """The version that was launched last, by the launches' own numbers; no clock has a say."""
+    found = [path for path in versions(folder) if (path / STATUS).is_file()]
+    return max(found, key=_launch, default=None)
+
+
+def _launch(run_dir: Path) -> int:
+    number = (read_json(run_dir / STATUS) or {}).get("launch", 0)
+    return number if isinstance(number, int) else 0
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -92,6 +114,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, None when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,29 @@ def make_batch(stream: SampleStream, samples: range, document_mask: bool = False
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), loss_mask, documents, samples.start)
 
 
+def evaluation_batches(
+    stream: SampleStream,
+    samples: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    *,
+    document_mask: bool = False,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's share of the stream's first `samples`, each in one batch of one rank alone.
+
+    Every rank gets equally many batches, as ZeRO-3 needs; those beyond the last sample count no token.
+    """
+    for start in range(0, samples, world_size * micro_batch_size):
+        first = start + rank * micro_batch_size
+        mine = range(first, min(first + micro_batch_size, samples))
+        batch = make_batch(stream, mine or range(1), document_mask)
+        if not mine:
+            batch.loss_mask.zero_()
+        yield _moved(batch, device)
+
+
 class Batches:
     """Iterator over the micro batches of one rank, from `consumed_samples` on, without end.
 
@@ -83,15 +107,7 @@ class Batches:
         if isinstance(batch, BaseException):
             self.close()
             raise batch
-        if self._device.type == "cpu":
-            return batch
-        names = ("tokens", "labels", "loss_mask", "documents")
-        moved = {
-            name: tensor if tensor is None else tensor.to(self._device, non_blocking=True)
-            for name in names
-            for tensor in [getattr(batch, name)]
-        }
-        return Batch(**moved, first_sample=batch.first_sample)
+        return _moved(batch, self._device)
 
     def close(self) -> None:
         """Ends the reading thread. Closing twice is no mistake."""
@@ -121,6 +137,14 @@ class Batches:
                 return
             except queue.Full:
                 continue
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
+    moved = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+    return Batch(*moved, first_sample=batch.first_sample)
 
 
 def _pinned(batch: Batch) -> Batch:

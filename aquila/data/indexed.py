@@ -250,16 +250,15 @@ class SampleStream:
         corpora: Sequence[Corpus],
         weights: Sequence[float] | None = None,
         identity: dict[str, Any] | None = None,
+        later: Sequence[Corpus] = (),
     ) -> None:
-        self.corpora = list(corpora)
+        """`later`: corpora that only other blends name, for `begin` and `plan`."""
+        self.corpora = [*corpora, *later]
         self.identity = identity or {}
         """Split, sequence length and seed: with the corpora, what decides the order."""
-        self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in corpora)
-        shares = list(weights or [corpus.samples_per_epoch for corpus in corpora])
-        self.weights = {
-            corpus.prefix: share / sum(shares) for corpus, share in zip(corpora, shares, strict=True)
-        }
-        self._by_prefix = {corpus.prefix: corpus for corpus in corpora}
+        self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in self.corpora)
+        self._by_prefix = {corpus.prefix: corpus for corpus in self.corpora}
+        self.weights = self.shares([corpus.prefix for corpus in corpora], weights)
         self._blends: dict[int, Blend] = {}
         self.segments = [Segment(0, self.weights)]
 
@@ -289,6 +288,20 @@ class SampleStream:
             self._blends[segment.start] = Blend(list(segment.weights.values()), _build_blend)
         return self._blends[segment.start]
 
+    def shares(self, prefixes: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
+        """Normalized weight of each of these corpora, by size where no weights are given."""
+        shares = list(weights or [self._by_prefix[prefix].samples_per_epoch for prefix in prefixes])
+        return {prefix: share / sum(shares) for prefix, share in zip(prefixes, shares, strict=True)}
+
+    def begin(self, weights: dict[str, float]) -> None:
+        """Takes `weights` for those that the run has now, and from its first sample on."""
+        self.weights = weights
+        self.follow([Segment(0, weights)])
+
+    def plan(self, start: int, weights: dict[str, float]) -> None:
+        """From sample `start` on, after every segment so far, the blend has these weights."""
+        self.segments.append(Segment(start, weights, self.consumed(start)))
+
     def follow(self, segments: Sequence[Segment]) -> None:
         """Takes over the history of a run; its last segment decides from its start on.
 
@@ -313,13 +326,19 @@ class Corpora(NamedTuple):
 
 
 def open_corpora(
-    data_prefix: list, split: str, seq_length: int, seed: int, cache_dir: str | Path | None = None
+    data_prefix: list,
+    split: str,
+    seq_length: int,
+    seed: int,
+    cache_dir: str | Path | None = None,
+    later: Sequence[str] = (),
 ) -> Corpora:
     """Opens the datasets of a run.
 
     `data_prefix`: paths, or weights and paths in turn. `split`: shares of documents for training and
     validation, in the order of the file. `cache_dir`: where the order of epochs is kept; without it,
     in `PREFIX.order/` where that folder exists (`data_tools.build_index` makes it), else in memory.
+    `later`: datasets that the training stream takes up later; the validation stream does not have them.
     Raises `UserError` for missing or damaged files and for a training split below one sample.
     """
     prefixes, weights = parse_blend(list(data_prefix))
@@ -327,7 +346,8 @@ def open_corpora(
         raise UserError(f"data_prefix names a dataset twice: {' '.join(prefixes)}; give it one larger weight")
     shares = parse_split(split)
     train, valid, valid_weights = [], [], []
-    for i, prefix in enumerate(prefixes):
+    others = [prefix for prefix in later if prefix not in prefixes]
+    for i, prefix in enumerate([*prefixes, *others]):
         dataset = open_dataset(prefix)
         count = len(dataset.index)
         first, second = (round(share * float(count)) for share in (shares[0], shares[0] + shares[1]))
@@ -341,9 +361,10 @@ def open_corpora(
             )
         train.append(corpus)
         rest = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep)
-        if rest.samples_per_epoch:
+        if rest.samples_per_epoch and i < len(prefixes):
             valid.append(rest)
             valid_weights.append(weights[i] if weights else 0.0)
     identity = {"split": split, "seq_length": seq_length, "seed": seed}
     held_out = SampleStream(valid, valid_weights if weights else None, identity) if valid else None
-    return Corpora(SampleStream(train, weights, identity), held_out)
+    first = len(prefixes)
+    return Corpora(SampleStream(train[:first], weights, identity, train[first:]), held_out)

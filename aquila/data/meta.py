@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 import aquila
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.data.indexfile import Index, read_index, read_tokens, sync
-from aquila.tokenizer import Tokenizer, load_tokenizer
+from aquila.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = 1
 _SCAN = 1 << 22
@@ -79,7 +79,7 @@ def check_datasets(prefixes: Sequence[str | Path], model_dir: Path, vocab_size: 
     """
     notes = []
     tokenizer = None
-    if any((model_dir / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+    if has_tokenizer(model_dir):
         tokenizer = load_tokenizer(model_dir)
         if tokenizer.vocab_size > vocab_size:
             raise UserError(

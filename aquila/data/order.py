@@ -1,4 +1,5 @@
-"""`data_order.json` of a run: which samples it consumes, through every change of the blend's weights.
+"""`data_order.json` of a run and of its checkpoints: which samples it consumes, through every change of the
+blend's weights. A checkpoint's own file is what counts: the samples before it are those that it has seen.
 
 The file holds what decides the order (split, sequence length, seed, size of each corpus) and the
 segments of the run, each a stretch at fixed weights. A corpus always goes on from what the run has
@@ -6,49 +7,58 @@ consumed of it: changed weights neither repeat nor skip a sample.
 """
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.data.blend import Segment
 from aquila.data.indexed import SampleStream, open_corpora
 
 FILE = "data_order.json"
 
 
-def continue_order(run_dir: str | Path, stream: SampleStream, consumed_samples: int) -> list[str]:
+def order_files(run_dir: Path, checkpoint: Path | None) -> list[Path]:
+    """Where the order up to `checkpoint` may stand: in itself, in the run that wrote it, in this run."""
+    own = [checkpoint / FILE, checkpoint.resolve().parents[1] / FILE] if checkpoint else []
+    return list(dict.fromkeys([*own, run_dir / FILE]))
+
+
+def continue_order(files: Sequence[Path], stream: SampleStream, consumed_samples: int) -> list[str]:
     """Lets `stream` go on where the run stands; gives lines that tell the user of any change.
 
-    Call it on every rank after `open_corpora`, before the first batch; then `record_order` on one rank.
-    A run at its start, or one without the file, begins with the stream's own weights.
+    files: of `order_files`; the first that is there and whole counts. Call it on every rank after
+    `open_corpora`, before the first batch; then keep `order_text` on one rank. A run at its start begins
+    with the stream's own weights. So does one without any such file, and a warning says what that means.
     Raises `UserError` where split, sequence length, seed or a dataset's content have changed: the
     consumed samples would then be other ones.
     """
-    path = Path(run_dir) / FILE
-    if consumed_samples == 0 or not path.is_file():
+    if consumed_samples == 0:
         return []
-    recorded = read_json(path)
+    path, recorded, notes = _first_whole(files)
+    if recorded is None:
+        return [*notes, _rebuilt(consumed_samples)]
     _check_same(path, recorded, stream)
     segments = [s for s in _segments(path, recorded) if s.start < consumed_samples]
     now = stream.weights
     stream.follow(segments)
     last = segments[-1]
     if _same_weights(last.weights, now):
-        return []
+        return notes
     consumed = stream.consumed(consumed_samples)
     stream.follow([*segments, Segment(consumed_samples, now, consumed)])
-    return [f"the blend changes at sample {consumed_samples:,}", *_changes(stream, last.weights, consumed)]
+    return [
+        *notes,
+        f"the blend changes at sample {consumed_samples:,}",
+        *_changes(stream, last.weights, consumed),
+    ]
 
 
-def record_order(run_dir: str | Path, stream: SampleStream) -> None:
-    """Replaces `data_order.json` with the order that `stream` follows."""
-    path = Path(run_dir) / FILE
+def order_text(stream: SampleStream) -> str:
+    """The content of `data_order.json` for the order that `stream` follows."""
     content = _identity(stream) | {"segments": [segment.to_json() for segment in stream.segments]}
-    unfinished = path.with_name(f"{FILE}.tmp-{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def open_order(run_dir: str | Path) -> SampleStream:
@@ -59,7 +69,7 @@ def open_order(run_dir: str | Path) -> SampleStream:
     path = Path(run_dir) / FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: is {run_dir} a run folder, checkpoints_out/EXP/VERSION?")
-    recorded = read_json(path)
+    recorded = _read(path)
     segments = _segments(path, recorded)
     names = list(dict.fromkeys(name for segment in segments for name in segment.weights))
     stream = open_corpora(names, recorded["split"], recorded["seq_length"], recorded["seed"]).train
@@ -90,10 +100,51 @@ def _check_same(path: Path, recorded: dict[str, Any], stream: SampleStream) -> N
             )
 
 
+def _first_whole(files: Sequence[Path]) -> tuple[Path, dict[str, Any] | None, list[str]]:
+    """The first file that is there and whole, its content, and a warning for each damaged one before it."""
+    notes = []
+    for path in files:
+        if path.is_file():
+            try:
+                return path, _read(path), notes
+            except UserError as error:
+                notes.append(f"warning: the record of the data's order is not used: {error}")
+    return files[-1], None, notes
+
+
+def _rebuilt(consumed_samples: int) -> str:
+    return (
+        f"warning: no record tells in which order the {consumed_samples:,} consumed samples came ({FILE}): "
+        "they are taken to be those of today's seed, split and weights. If these have changed since, some "
+        "samples will be seen twice and some not at all"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content, of the right types. Raises `UserError` when it is damaged."""
+    recorded = read_json(path)
+    try:
+        counts = [recorded["seq_length"], recorded["seed"], *recorded["samples_per_epoch"].values()]
+        starts = []
+        for segment in recorded["segments"]:
+            starts.append(segment["start"])
+            counts += [segment["start"], *segment["consumed"].values()]
+            weights = list(segment["weights"].values())
+            if not weights or not all(type(w) in (int, float) and 0 < w < float("inf") for w in weights):
+                raise ValueError("a weight is no number above 0")
+        if not isinstance(recorded["split"], str) or not all(type(c) is int and c >= 0 for c in counts):
+            raise ValueError("a count is no whole number")
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+            raise ValueError("its segments do not follow one another from sample 0")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    return recorded
+
+
 def _segments(path: Path, recorded: dict[str, Any]) -> list[Segment]:
     try:
         return [Segment(**segment) for segment in recorded["segments"]]
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
         raise UserError(f"{path}: damaged ({error})") from None
 
 
@@ -103,7 +154,7 @@ def _same_weights(before: dict[str, float], now: dict[str, float]) -> bool:
 
 def _changes(stream: SampleStream, before: dict[str, float], consumed: dict[str, int]) -> list[str]:
     lines = []
-    for corpus in stream.corpora:
+    for corpus in (corpus for corpus in stream.corpora if corpus.prefix in stream.weights):
         name, taken = corpus.prefix, consumed.get(corpus.prefix, 0)
         was = f"weight {before[name]:.4g} -> " if name in before else "new, weight "
         lines.append(

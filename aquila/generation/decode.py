@@ -198,15 +198,24 @@ class Decoder:
         greedy = logits.argmax(-1).tolist()
         events = []
         for row, sequence in enumerate(group):
-            sampling = sequence.sampling
-            token = greedy[row]
-            if sampling.temperature > 0 or sampling.repetition_penalty != 1:
-                values = logits[row]
-                if sampling.repetition_penalty != 1:
-                    values = penalize(values, torch.tensor(sequence.tokens), sampling.repetition_penalty)
-                token = draw(values, sampling, sequence.generator)
+            try:
+                token = self._drawn(sequence, logits[row], greedy[row])
+            except RuntimeError:  # its own numbers have no likeliest token: that ends it alone
+                sequence.finish_reason = "error"
+                self._leave(sequence)
+                events.append((sequence, None))
+                continue
             events.append((sequence, self._take(sequence, token)))
         return events
+
+    @staticmethod
+    def _drawn(sequence: Sequence, values: Tensor, greedy: int) -> int:
+        sampling = sequence.sampling
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            return greedy
+        if sampling.repetition_penalty != 1:
+            values = penalize(values, torch.tensor(sequence.tokens), sampling.repetition_penalty)
+        return draw(values, sampling, sequence.generator)
 
     def _take(self, sequence: Sequence, token: int) -> int | None:
         """Adds a token to its sequence, unless it is a stop token; sets the reason when it was the last."""

@@ -10,6 +10,9 @@ import torch
 
 from aquila.core.errors import UserError
 
+_COLDEST = 1e-6
+"""Below this temperature fp32 holds no second likeliest token: it is greedy, as 0 is."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,7 +39,7 @@ class Sampling:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
+            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e9, "0.001 to 1e9 (1 is off)"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2^63"),
             "stop": (all(self.stop), "strings of at least one character"),
         }
@@ -60,7 +63,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | 
     Top-k keeps whatever ties with the k-th value; top-p keeps a token when the probability of all
     likelier ones is at most p, so the likeliest always stays.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return int(logits.argmax())
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.numel():

@@ -250,7 +250,7 @@ class Agent(Facts):
         self.state.update(
             fields,
             pid=os.getpid(),
-            created=psutil.Process().create_time(),
+            started=start_of(os.getpid()),
             machine=machine_key(),
             host=socket.gethostname(),
             time=time.time(),
@@ -313,10 +313,19 @@ def end_earlier_agent(state_path: Path, run_id: str) -> None:
 def agent_alive(state: dict[str, Any]) -> bool:
     """Whether the process that wrote a node's state still run_dir."""
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(state["pid"])
-        same = abs(process.create_time() - state["created"]) < 1.0  # else the pid was given out again
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        same = start_of(state["pid"]) == state.get("started")  # else the pid was given out again
+        return same and psutil.Process(state["pid"]).status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def start_of(pid: int) -> str | None:
+    """Boot of the machine, and ticks from there to the start of a process, which no clock moves."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{boot} {after_name[19]}"  # field 22 of proc_pid_stat(5)
 
 
 def wall_clock() -> float:

@@ -43,6 +43,7 @@ class Controller:
         self.run_id = uuid.uuid4().hex[:12]
         self.version = ""
         self.run_dir = ""
+        self.launch = 1
         self.generation = 0
         self.restarts = 0
         self.stop_requested = False
@@ -84,6 +85,7 @@ class Controller:
         member.prepared = True
         if not self.version:
             self.version, self.run_dir = answer["version"], answer["run_dir"]
+            self.launch = run_folder.launch_number(Path(self.run_dir).parent)
             self.say("version", version=self.version, run_dir=self.run_dir, resumed=answer["resumed"])
 
     def train(self) -> int:
@@ -241,6 +243,7 @@ class Controller:
             "status": status,
             "pid": os.getpid(),
             "time": time.time(),
+            "launch": self.launch,
             "generation": self.generation,
             "restarts": self.restarts,
             "metric": self.metric,
@@ -257,7 +260,7 @@ class Controller:
             "record": self.record,
         }
         with contextlib.suppress(OSError):
-            run_folder.write_json(Path(self.run_dir) / "launch" / "status.json", told)
+            run_folder.write_json(Path(self.run_dir) / run_folder.STATUS, told)
 
 
 def _failed(records: list[dict[str, Any]]) -> bool:

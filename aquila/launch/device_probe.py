@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -10,10 +11,12 @@ from typing import Any
 
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
+from aquila.launch import toolkit
 
 # Says which import fails, rather than failing: a broken vendor stack is what a probe is for.
 _PROBE = """
 import json, os, platform
+from aquila.launch.toolkit import cann_version
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
@@ -37,14 +40,13 @@ for library in ("cuda", "hip", "xpu"):
     if getattr(torch.version, library, None):
         versions[library.upper()] = getattr(torch.version, library)
 toolkit = os.environ.get("ASCEND_HOME_PATH")
-if toolkit:
-    for name in ("version.cfg", "version.info", "ascend_toolkit_install.info"):
-        path = Path(toolkit, name)
-        if path.is_file():
-            versions["CANN"] = " ".join(path.read_text().split())[:60]
-            break
+if cann := cann_version():
+    versions["CANN"] = cann
 if torch.accelerator.is_available():
-    free, total = torch.accelerator.get_memory_info()
+    if hasattr(torch.accelerator, "get_memory_info"):
+        free, total = torch.accelerator.get_memory_info()
+    else:  # before torch 2.9
+        free, total = getattr(torch, kind).mem_get_info()
 else:
     import psutil
     free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
@@ -111,11 +113,12 @@ def mismatches(facts: dict[str, Any]) -> list[str]:
             f"torch_npu {vendor} is made for torch {_release(vendor)}, but torch is {torch}; install the "
             "pair (scripts/install.sh npu, or the vendor's image with both)"
         )
+    if vendor and "CUDA" in versions:
+        problems.append(f"torch {torch} is a CUDA build, which torch_npu refuses{_CUDA_TORCH}")
     if vendor and not facts.get("toolkit"):
-        problems.append(
-            "torch_npu is there, but CANN is not set up (ASCEND_HOME_PATH is empty); source its set_env.sh "
-            "in the login shell's profile"
-        )
+        problems.append(f"torch_npu is there, but CANN is not set up (ASCEND_HOME_PATH is empty){_no_cann()}")
+    elif vendor and (problem := toolkit.pair_problem(vendor, versions.get("CANN"))):
+        problems.append(problem)
     if facts.get("unseen") and "CUDA" in versions:
         problems.append(
             f"{', '.join(facts['unseen'])} is there, but torch sees no GPU; is the driver older than what "
@@ -141,6 +144,7 @@ def probe_weights(model_dir: Path, timeout: float = 120.0) -> int:
 
 
 def _ask(code: str, timeout: float, what: str, *words: str) -> dict[str, Any]:
+    toolkit.set_up()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(
@@ -153,15 +157,55 @@ def _ask(code: str, timeout: float, what: str, *words: str) -> dict[str, Any]:
     for line in done.stdout.splitlines():
         if line.startswith("AQUILA-PROBE "):
             return json.loads(line.removeprefix("AQUILA-PROBE "))
-    last = (done.stderr.strip().splitlines() or ["(no message)"])[-1]
-    raise UserError(f"{sys.executable} cannot load torch and its device: {last}{_remedy(done.stderr)}")
+    raise UserError(f"{sys.executable} cannot load torch and its device: {load_failure(done.stderr)}")
 
 
-def _remedy(error: str) -> str:
-    if "No module named" in error:
-        return "; run: bash scripts/install.sh"
-    if "backend extension" in error or "libascend" in error or "libhccl" in error:
-        return (
-            "; the device's software is not set up: source its set_env.sh (CANN) in the login shell's profile"
-        )
-    return ""
+_CUDA_TORCH = (
+    "; install the CPU build of the same release (on aarch64 the package index has the CUDA build): "
+    "TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash scripts/install.sh npu"
+)
+
+
+def _no_cann() -> str:
+    looked = toolkit.find_set_env() or ", ".join(toolkit.PLACES)
+    return (
+        f"; install CANN, or name its set_env.sh: {toolkit.SET_ENV}=/path/to/set_env.sh (looked at {looked})"
+    )
+
+
+def _old_cann() -> str:
+    cann = toolkit.cann_version()
+    known = cann or "(version not found)"
+    return f"; CANN {known} is older than this torch_npu asks for: {toolkit.fitting(cann)}"
+
+
+_REMEDIES = (
+    (re.compile("No module named"), lambda: "; run: bash scripts/install.sh"),
+    (re.compile("Two accelerators cannot be used"), lambda: _CUDA_TORCH),
+    (re.compile("undefined symbol: (acl|Hccl|ge|rt)"), _old_cann),
+    (
+        re.compile(r"libascend_hal\.so|libdrvdsmi_host\.so"),
+        lambda: (
+            f"; the NPU driver's libraries are not in reach: install the driver, in a container mount "
+            f"{toolkit.DRIVER.removesuffix('/lib64')}, and see that LD_LIBRARY_PATH names "
+            f"{toolkit.DRIVER}/driver"
+        ),
+    ),
+    (re.compile(r"lib(ascend|hccl|ge_|acl_|graph|runtime|msprofiler)\w*\.so|backend extension"), _no_cann),
+)
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+_WRAPPER = "Failed to load the backend extension"
+
+
+def load_failure(stderr: str) -> str:
+    """The cause in the output of a Python that could not load torch and its device, and what to do about it.
+
+    torch's loader of extensions and torch_npu's excepthook write after the error that caused theirs.
+    """
+    lines = stderr.strip().splitlines() or ["(no message)"]
+    errors = [line for line in lines if _ERROR.match(line) and _WRAPPER not in line]
+    cause = errors[-1] if errors else lines[-1]
+    remedy = next((say() for pattern, say in _REMEDIES if pattern.search(cause)), None)
+    if remedy is None:
+        remedy = next((say() for pattern, say in _REMEDIES if pattern.search(stderr)), "")
+    return f"{cause}{remedy}"

@@ -11,7 +11,8 @@ LINES_SHOWN = 40
 _LOOK_BACK = 256 * 1024
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket Timeout|"
-    r"NCCL.*(remote|watchdog)|connectFullMesh|store->get|DistNetworkError|DistStoreError",
+    r"NCCL.*(remote|watchdog)|EI0002|EI0006|507046|HCCL.*time(d )?out|"
+    r"connectFullMesh|store->get|DistNetworkError|DistStoreError",
     re.IGNORECASE,
 )
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aquila.core.errors import UserError
+from aquila.launch import toolkit
 from aquila.launch.device_probe import probe_devices
+from aquila.launch.fabric import probe_fabric
 
 _SMALL = 32 << 20
 _ENDS = 1 << 20
@@ -57,13 +59,20 @@ class Facts:
         self.listener: socket.socket | None = None
         self.token: Path | None = None
 
-    def on_probe(self, paths: list[str], output: str, devices: bool) -> None:
-        """Devices and versions, fingerprints of `paths`, room under `output`."""
+    def on_probe(
+        self, paths: list[str], output: str, devices: bool, slots: int, environment: dict[str, str]
+    ) -> None:
+        """Devices and versions, their network, fingerprints of `paths`, room under `output`.
+
+        `environment`: the head node's, for what this node has not set itself.
+        """
+        toolkit.set_up(environment)
         place = existing_parent(Path(output))
         answer: dict[str, Any] = {
             "fingerprints": {path: fingerprint(Path(path)) for path in paths},
             "free": shutil.disk_usage(place).free,
             "writable": os.access(place, os.W_OK),
+            "fabric": probe_fabric(slots),
         }
         try:
             if devices:

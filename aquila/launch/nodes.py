@@ -111,4 +111,6 @@ def interface_settings(address: str, single_node: bool) -> dict[str, str]:
     else:
         interface = interfaces.get(address)
         wanted = dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
+        if interface:  # HCCL matches a bare name as a prefix: bond0 would mean bond0.150, too
+            wanted["HCCL_SOCKET_IFNAME"] = f"={interface}"
     return {key: value for key, value in wanted.items() if key not in os.environ}

@@ -19,13 +19,12 @@ STALE = 30.0
 def show_status(experiment: str, root: Path = ROOT) -> int:
     """Prints the newest version's state; 0 when it runs or has ended well, else its exit status."""
     folder = run_folder.experiment_dir(root, experiment)
-    found = [path for path in run_folder.versions(folder) if (path / "launch" / "status.json").is_file()]
-    if not found:
+    run_dir = run_folder.newest_launch(folder)
+    if run_dir is None:
         others = sorted(path.parent.parent.name for path in root.glob("checkpoints_out/*/*/launch"))
         known = f"; there are: {', '.join(dict.fromkeys(others))}" if others else ""
         raise UserError(f"no launch of '{experiment}' under {root / 'checkpoints_out'}{known}")
-    run_dir = max(found, key=lambda path: (path / "launch" / "status.json").stat().st_mtime)
-    told = run_folder.read_json(run_dir / "launch" / "status.json") or {}
+    told = run_folder.read_json(run_dir / run_folder.STATUS) or {}
     state, status = overall(told, bool(running_agents(experiment, root)))
     print(f"{experiment}/{run_dir.name}: {state}")
     for line in details(run_dir, told):

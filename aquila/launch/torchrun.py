@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from aquila.core.run_folder import read_json
-from aquila.launch import failure
+from aquila.launch import failure, toolkit
 from aquila.launch.nodes import interface_settings
 from aquila.launch.rank_wrapper import ORDERS, die_with_parent, log_path, record_path
 
@@ -84,9 +84,8 @@ class Ranks:
 
     def _environment(self) -> dict[str, str]:
         start = self.start
+        toolkit.set_up(start.environment)
         environment = dict(os.environ)
-        for key, value in start.environment.items():
-            environment.setdefault(key, value)
         for key, value in interface_settings(start.address, start.n_nodes == 1).items():
             environment.setdefault(key, value)
         # Without this every rank starts a thread per core, and the ranks wait for one another.
@@ -95,6 +94,7 @@ class Ranks:
             filter(None, [start.root, environment.get("PYTHONPATH", "")])
         )
         environment["PYTHONUNBUFFERED"] = "1"
+        environment["PYTHONUTF8"] = "1"  # our files are UTF-8, whatever the node's locale
         environment[MARK] = start.mark
         orders = {
             "node": start.node,

@@ -127,7 +127,7 @@ class AquilaModel(nn.Module):
     `attention` is one of auto, fused, triangle, reference. `recompute` says what the checkpointed layers
     (`config.checkpointed_layers`, from the first) compute again in backward: "full", all of the layer, or
     "selective", all but attention. `z_loss` weights the loss's z-term. `seed` sets the first weights
-    (`first_weights`); on device "meta" there are none.
+    (`first_weights`); on device "meta" there are none, with None they are whatever was in memory.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class AquilaModel(nn.Module):
         z_loss: float = 0.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        seed: int = 2023,
+        seed: int | None = 2023,
     ):
         super().__init__()
         if recompute not in ("full", "selective"):
@@ -155,7 +155,7 @@ class AquilaModel(nn.Module):
         self.rotary_tables = RotaryTables(config.head_dim, config.rope_theta, config.max_seq_len)
         for name, parameter in list(self.named_parameters()):
             self.place(name, torch.empty(parameter.shape, dtype=dtype, device=device))
-        if device.type != "meta":
+        if device.type != "meta" and seed is not None:
             self.init_weights(seed)
 
     @classmethod

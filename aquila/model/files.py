@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aquila.core.errors import UserError
+from aquila.core.text_files import parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,7 +64,9 @@ class SafetensorsReader:
                 length = struct.unpack("<Q", file.read(8))[0]
                 if length > min(size, _HEADER_LIMIT):
                     raise ValueError("header length beyond the file")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
+                if not isinstance(header, dict):
+                    raise ValueError("its header is no JSON object")
         except (OSError, ValueError, struct.error) as error:
             raise UserError(f"{path}: not a safetensors file ({error}); copy or download it again") from None
         header.pop("__metadata__", None)
@@ -74,9 +77,9 @@ class SafetensorsReader:
             try:
                 dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
                 first, end = (int(n) for n in entry["data_offsets"])
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise UserError(f"{path}: the header's entry of {name} is damaged; copy it again") from None
-            if dtype not in _DTYPES:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
                 raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported here")
             info = TensorInfo(shape, _DTYPES[dtype])
             if first < 0 or min(shape, default=1) < 0 or end - first != _byte_size(info):

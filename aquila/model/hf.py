@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from aquila.config import ModelConfig
-from aquila.config.strict import read_json, validate
+from aquila.config.strict import validate
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 
 _TOP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",

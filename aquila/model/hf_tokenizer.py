@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from aquila.config.strict import read_json
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.model.files import replacing
 from aquila.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 

@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aquila.backend import get_backend
+from aquila.backend import get_backend, reference
 
-# Bytes of logits that a chunk may take; the whole way holds N x V of them several times over. Half precision
-# gets more, because fewer chunks mean fewer roundings of its weight gradient.
-CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
 # bf16 weight gradients summed in place are rounded once a chunk; beyond this many, sum in fp32.
 MAX_ROUNDINGS = 4
 # fp16 loses gradients under 6e-8, and softmax tails lie there: inside, they are held this much larger.
 FP16_SCALE = 1024.0
 
 
-def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk: as many as `CHUNK_BYTES` allow, spread evenly over the chunks."""
-    most = max(16, CHUNK_BYTES[dtype.itemsize] // (vocab_size * dtype.itemsize))
+def chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, backend: ModuleType = reference) -> int:
+    """Tokens a chunk: as many as the backend's `LOGITS_BYTES` allow, spread evenly over the chunks."""
+    most = max(16, backend.LOGITS_BYTES[dtype.itemsize] // (vocab_size * dtype.itemsize))
     chunks = -(-tokens // most)
     return -(-tokens // chunks)
 
@@ -100,7 +97,7 @@ def _chunked(
     backend: ModuleType,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `reference.whole_cross_entropy`, a chunk of tokens after the other."""
-    chunk = chunk or chunk_tokens(hidden.shape[0], weight.shape[0], hidden.dtype)
+    chunk = chunk or chunk_tokens(hidden.shape[0], weight.shape[0], hidden.dtype, backend)
     rounds = weight.dtype == torch.bfloat16 and -(-hidden.shape[0] // chunk) > MAX_ROUNDINGS
     in_fp32 = weight.dtype == torch.float16 or rounds
     hidden_grad = torch.empty_like(hidden) if wanted[0] else None

@@ -34,9 +34,15 @@ class RotaryTables:
 
 
 def positions_in_documents(documents: Tensor) -> Tensor:
-    """Each token's position within its document: int64 (B, T) from never decreasing document numbers."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    opens = documents[:, 1:] != documents[:, :-1]
+    """Each token's position within its document: int64 (B, T) from never decreasing document numbers.
+
+    The running greatest in doubling steps, in int32: cummax and searchsorted of an NPU are host kernels.
+    """
+    index = torch.arange(documents.shape[1], dtype=torch.int32, device=documents.device).expand_as(documents)
     first = torch.zeros_like(index)
-    first[:, 1:] = torch.where(opens, index[:, 1:], 0)
-    return index - first.cummax(dim=1).values
+    first[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
+    step = 1
+    while step < first.shape[1]:
+        first = torch.cat((first[:, :step], torch.maximum(first[:, step:], first[:, :-step])), dim=1)
+        step *= 2
+    return (index - first).long()

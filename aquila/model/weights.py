@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from aquila.config import ModelConfig, load_model_config
-from aquila.config.strict import read_json, validate
+from aquila.config.strict import validate
 from aquila.core.checkpoints import FOLDER, newest_checkpoint
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json
 from aquila.model import hf
 from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, replacing, write_safetensors
 

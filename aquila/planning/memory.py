@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from aquila.config import EffectiveConfig, ModelConfig
 
 GIB = 2**30
-CHUNK_BYTES = {2: 200 << 20, 4: 150 << 20}
+LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20}
+LARGEST_LOGITS_BYTES = 1 << 30
 MAX_ROUNDINGS = 4
 """As in `model/loss.py`: bytes of a chunk of logits, by bytes of a number; chunks summed in the dtype."""
 TRIANGLE_BLOCK = 512
@@ -41,6 +42,8 @@ class Setup:
     """
     statistics: int = 4
     """Bytes that fused attention keeps of each softmax: on an NPU its greatest score and sum, 8 fp32 each."""
+    logits_bytes: int | None = None
+    """Of a chunk of logits; None: as on CPU and NPU."""
     bucket: float = REDUCE_BUCKET
     lazy_buffers: bool = False
     """Memory counts when it is written (CPU), not when it is reserved."""
@@ -232,7 +235,7 @@ def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
 def _loss(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     """Gradients of hidden states and output matrix; a chunk of logits and the product that is added."""
     b, vocab, dim = setup.dtype_bytes, model.vocab_size, model.dim
-    most = max(16, CHUNK_BYTES[b] // (vocab * b))
+    most = max(16, (setup.logits_bytes or LOGITS_BYTES[b]) // (vocab * b))
     chunks = -(-setup.tokens // most)
     chunk = -(-setup.tokens // chunks)
     in_fp32 = setup.precision == "fp16" or (setup.precision == "bf16" and chunks > MAX_ROUNDINGS)
@@ -279,6 +282,7 @@ def setup_of(config: EffectiveConfig, devices: int, device: str, kept: dict[str,
         attention="fused" if run.attention == "auto" else run.attention,
         one_pass=bool((kept or {}).get("one_pass", on_cpu)),
         statistics=(kept or {}).get("statistics", 4),
+        logits_bytes=(kept or {}).get("logits_bytes"),
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,

@@ -11,8 +11,9 @@ from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch.cluster import Member, Members
 from aquila.launch.device_probe import mismatches
+from aquila.launch.fabric import fabric_problems
 from aquila.launch.hostfile import read_hostfile
-from aquila.launch.nodes import is_this_node
+from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.preflight.local import Checked, Warned, check_room, checkpoint_bytes, data_paths, small_paths
 
 CLOCK_TOLERANCE = 5.0
@@ -77,6 +78,10 @@ class Hosts:
         self._probe()
         run("devices of hosts", self._devices)
         run("versions of hosts", self._versions)
+        if found := {
+            m.host: a["fabric"] for m in self.there if (a := self.answers.get(m.index, {})).get("fabric")
+        }:
+            run("devices' network", lambda: self._fabric(found))
         run("files on hosts", self._files)
         run("disk space", self._disk)
         if len(self.there) > 1:
@@ -86,9 +91,16 @@ class Hosts:
     def _probe(self) -> None:
         known = self.checked.devices  # this machine has been asked already
         paths = [str(path) for path in (*self.small, *self.data)]
+        environment = forwarded_environment()
         self.answers = self.ask_all(
             self.there, "probe", "probed", PROBE_TIMEOUT,
-            lambda m: {"paths": paths, "output": str(self.output), "devices": not (m.here and known)},
+            lambda m: {
+                "paths": paths,
+                "output": str(self.output),
+                "devices": not (m.here and known),
+                "slots": m.slots,
+                "environment": environment,
+            },
         )  # fmt: skip
         for member in self.there:
             if member.here and known and member.index in self.answers:
@@ -172,6 +184,13 @@ class Hosts:
                         f"{reference.get(key, 'missing')}; bring both to the same (scripts/install.sh)"
                     )
         return self._raise(problems, ", ".join(f"{k} {v}" for k, v in reference.items()))
+
+    def _fabric(self, found: dict[str, dict[str, Any]]) -> str:
+        errors, warnings = fabric_problems(found, len(self.members))
+        fine = self._raise(errors, f"links and TLS of {len(found)} host(s)")
+        if warnings:
+            raise Warned("; ".join(warnings))
+        return fine
 
     def _files(self) -> str:
         here = next((m for m, _ in self._probed() if m.here), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquila.config import Device, EffectiveConfig, load_run_config
-from aquila.config.run import parse_blend
+from aquila.config.run import batch_sizes
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
@@ -124,6 +124,8 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
             found["device"], tuple(found["precisions"]), found["fp8"], found.get("overlap_comm", True)
         )
     checked.config = load_run_config(config, model, overrides, device=device, root=root)
+    if checked.nodes:
+        batch_sizes(checked.config.run, sum(node.slots for node in checked.nodes))
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 
 
@@ -183,8 +185,7 @@ def small_paths(config: EffectiveConfig) -> list[Path]:
 
 def data_paths(config: EffectiveConfig, root: Path) -> list[Path]:
     """What every node must have alike, and is too large to be copied."""
-    prefixes, _ = parse_blend(config.run.data_prefix)
-    return [Path(f"{root / prefix}{end}") for prefix in prefixes for end in (".idx", ".bin")]
+    return [Path(f"{root / prefix}{end}") for prefix in config.run.datasets for end in (".idx", ".bin")]
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -213,7 +214,7 @@ def _weights(config: EffectiveConfig) -> str:
 def _data(config: EffectiveConfig, root: Path) -> str:
     from aquila.data.meta import check_datasets
 
-    prefixes, _ = parse_blend(config.run.data_prefix)
+    prefixes = config.run.datasets
     notes = check_datasets([root / prefix for prefix in prefixes], config.model_dir, config.model.vocab_size)
     if notes:
         raise Warned("; ".join(notes))

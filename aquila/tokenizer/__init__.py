@@ -19,9 +19,15 @@ __all__ = [
     "DecodeStream",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "has_tokenizer",
     "load_tokenizer",
     "surrogate_at",
 ]
+
+
+def has_tokenizer(model_dir: str | Path) -> bool:
+    """Whether a folder holds files that `load_tokenizer` reads."""
+    return any((Path(model_dir) / name).is_file() for name in ("vocab.json", "tokenizer.model"))
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:

@@ -4,7 +4,6 @@
 the same ids several times as fast.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_json, read_text
 from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -25,6 +25,9 @@ _LONG = 1 << 20
 # looks at nothing to the left, so text may be cut there without any change of its ids. The second set is
 # spelled out because what counts as a letter differs between Unicode versions.
 _CUT = re.compile(r"[^\W_](?=[ \t\n.,;:!?()，。、；：！？])")
+
+_SELF = re.compile(r"[<\[].*[>\]]$|.*[^\x21-\x7e\u00a1-\u0143].*", re.DOTALL)
+"""Tokens that no merge makes: marks in brackets, and text that is not in GPT-2's letters for bytes."""
 
 _BEGIN, _END = "\0<", "\0>"
 """What `tiktoken` takes for `[CLS]` and `</s>`, where many documents are encoded in one call."""
@@ -94,7 +97,7 @@ class BytePairTokenizer(Tokenizer):
         """Lets `special_tokens_map.json`, where there is one, name the tokens around a document."""
         if not path.is_file():
             return
-        named = _read_json(path)
+        named = read_json(path)
         for key, attribute in (("cls_token", "bos_id"), ("sep_token", "eos_id")):
             entry = named.get(key)
             content = entry.get("content") if isinstance(entry, dict) else entry
@@ -182,18 +185,8 @@ def _token_to_bytes(token: str) -> bytes:
         return token.encode()
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return data
-
-
 def _read_vocab(path: Path) -> dict[str, int]:
-    vocab = _read_json(path)
+    vocab = read_json(path)
     if not vocab or not all(type(index) is int and index >= 0 for index in vocab.values()):
         raise UserError(f"{path}: must map each token to its id, a whole number")
     if len(set(vocab.values())) != len(vocab):
@@ -204,12 +197,27 @@ def _read_vocab(path: Path) -> dict[str, int]:
 def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: byte-level BPE needs it beside vocab.json")
-    merges = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    text, merges = read_text(path), []
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise UserError(f"{path}, line {number}: {line!r} is no pair of tokens of vocab.json")
         merges.append(pair)
+    _check_all_made(path, vocab, merges, ended=text.endswith("\n"))
     return merges
+
+
+def _check_all_made(path: Path, vocab: dict[str, int], merges: list[tuple[str, str]], *, ended: bool) -> None:
+    """Refuses merges that were cut: a text would become other, shorter tokens, and nobody would notice.
+
+    Tokens that stand for themselves, such as `<sep>`, and a few strays are made by no merge in whole files.
+    """
+    made = {left + right for left, right in merges}
+    stray = [t for t in vocab if len(t) > 1 and t not in made and not _SELF.match(t)]
+    if len(stray) > (max(8, len(vocab) // 1000) if ended else 0):
+        raise UserError(
+            f"{path}: {len(stray)} of {len(vocab)} tokens of vocab.json, such as {stray[-1]!r}, are made by "
+            "no line: the file is cut, or belongs to another vocab.json; copy both again"
+        )

@@ -3,8 +3,8 @@
 A checkpoint `checkpoints/step-00001000/` holds the model folder of that step (`model.safetensors`, under
 ZeRO-3 a part from each rank with an index; `config.json`, the tokenizer's files: `generate.py` and
 `AquilaModel.from_pretrained` take it as it is), `deepspeed/` with each rank's share of master weights and
-optimizer state, `rng/` with each rank's random state, `state.json`, and `manifest.json` with size and
-checksum of every file.
+optimizer state, `rng/` with each rank's random state, `state.json`, `data_order.json` with the samples
+consumed so far, and `manifest.json` with size and checksum of every file.
 
 `begin` copies the state into host memory and starts a thread that writes, syncs and sums this rank's
 files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
@@ -12,6 +12,7 @@ files; `finish`, on all ranks at one step boundary, renames the folder and repla
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -65,13 +66,22 @@ class Checkpointer:
     """Writes the checkpoints of one run folder, all ranks together; one at a time."""
 
     def __init__(
-        self, run_dir: Path, engine: Engine, effective: EffectiveConfig, rank: int, world_size: int
+        self,
+        run_dir: Path,
+        engine: Engine,
+        effective: EffectiveConfig,
+        rank: int,
+        world_size: int,
+        *,
+        beside: dict[str, str] | None = None,
     ) -> None:
+        """beside: further files of every checkpoint, name to text."""
         self.folder = run_dir / FOLDER
         self._engine = engine
         self._effective = effective
         self._rank = rank
         self._world_size = world_size
+        self._beside = beside or {}
         self._save: _Save | None = None
         self.stall_seconds = 0.0
         """How long training stood still for saving, since this was last set to 0."""
@@ -108,12 +118,22 @@ class Checkpointer:
             except Exception as error:  # a full disk comes as OSError or, from torch, as RuntimeError
                 save.problem = f"{type(error).__name__}: {error}"
 
-        if run.background_save:
-            save.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-            save.thread.start()
-        else:
-            write()
+        save.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        save.thread.start()
         self.stall_seconds += time.perf_counter() - started
+
+    def _wait(self, thread: threading.Thread | None) -> None:
+        """Until every rank's part is written. The ranks tell one another every second that they go on."""
+        end = time.monotonic() + (self._effective.run.save_timeout or math.inf)
+        while True:
+            if thread is not None:
+                thread.join(1.0)
+            working = thread is not None and thread.is_alive()
+            (left,) = self._engine.gather(working)
+            if not any(left):
+                return
+            if time.monotonic() < end:
+                self._engine.alive()
 
     def finish(self) -> tuple[Path, int]:
         """Waits for every rank's part and commits the checkpoint: its folder and step. All ranks together.
@@ -123,26 +143,32 @@ class Checkpointer:
         save, self._save = self._save, None
         assert save is not None
         started = time.perf_counter()
-        if save.thread is not None:
-            save.thread.join()
+        self._wait(save.thread)
         final = self.folder / step_folder(save.step)
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, (save.entries, save.problem))
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(gathered) if problem]
-        if not problems and self._rank == 0:
-            entries = {name: entry for files, _ in gathered for name, entry in files.items()}
-            try:
-                self._commit(save.partial, final, entries)
-            except OSError as error:
-                problems = [f"rank 0: {error}"]
-        outcome = [problems]
-        dist.broadcast_object_list(outcome, src=0)
+        entries = {name: entry for files, _ in gathered for name, entry in files.items()}
+        problems = on_first_rank(
+            lambda: self._conclude(save.partial, final, entries, problems), self._engine.alive
+        )
         self.stall_seconds += time.perf_counter() - started
-        if outcome[0]:
-            if self._rank == 0:
-                shutil.rmtree(save.partial, ignore_errors=True)
-            raise OSError("; ".join(outcome[0]))
+        if problems:
+            raise OSError("; ".join(problems))
         return final, save.step
+
+    def _conclude(
+        self, partial: Path, final: Path, entries: dict[str, dict[str, Any]], problems: list[str]
+    ) -> list[str]:
+        """Commits the checkpoint, or removes what there is of it; what went wrong."""
+        try:
+            if not problems:
+                self._commit(partial, final, entries)
+        except OSError as error:
+            problems = [f"rank 0: {error}"]
+        if problems:
+            shutil.rmtree(partial, ignore_errors=True)
+        return problems
 
     def _write(
         self,
@@ -162,8 +188,9 @@ class Checkpointer:
                 if (self._effective.model_dir / name).is_file():
                     mine.append(save.partial / name)
                     shutil.copyfile(self._effective.model_dir / name, mine[-1])
-            mine.append(save.partial / STATE)
-            mine[-1].write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for name, text in {**self._beside, STATE: json.dumps(facts, indent=1)}.items():
+                mine.append(save.partial / name)
+                mine[-1].write_text(text, encoding="utf-8")
         if generators is not None:
             mine.append(save.partial / "rng" / f"rank-{self._rank:05d}.pt")
             torch.save(generators, mine[-1])

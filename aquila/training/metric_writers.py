@@ -7,6 +7,17 @@ from typing import Any, Protocol
 from aquila.core.errors import UserError
 
 
+def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """(name, number) of a record; those of an object within it are `object/name`."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += [(f"{key}/{name}", number) for name, number in scalars(value)]
+        elif isinstance(value, int | float) and key != "step":
+            found.append((key, value))
+    return found
+
+
 class Board(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """One record of metrics.jsonl."""
@@ -26,8 +37,7 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         # One event for all: each on its own would wake the writer's thread a dozen times a step.
-        scalars = [(key, value) for key, value in record.items() if key != "step" and value is not None]
-        values = [self._summary.Value(tag=key, simple_value=value) for key, value in scalars]
+        values = [self._summary.Value(tag=key, simple_value=value) for key, value in scalars(record)]
         self._writer.file_writer.add_summary(self._summary(value=values), record["step"])
 
     def close(self) -> None:
@@ -51,7 +61,7 @@ class WeightsAndBiases:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+        self._run.log(dict(scalars(record)), step=record["step"])
 
     def close(self) -> None:
         self._run.finish()

@@ -3,14 +3,17 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aquila.core.checkpoints import write_atomically
+from aquila.core.text_files import parse_json
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import StepResult
+from aquila.training.evaluation import Scores
 from aquila.training.metric_writers import Board
 from aquila.training.state import TrainState
 
@@ -98,17 +101,30 @@ class RunLog:
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._cut = False
 
+    def start(self, state: TrainState, timer: StepTimer, scores: Scores) -> None:
+        """The evaluation before the first step, as the record of step 0; it has no training loss."""
+        _, rest = timer.take()
+        counted = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
+        self._record({"step": state.step, "total_steps": self._total_steps} | counted | rest, scores)
+
+    def passed_over(self, state: TrainState, scores: Scores | None) -> None:
+        """A step of `skip_steps`: its samples are consumed, and there is no loss."""
+        counted = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
+        skip = {"skipped": True, "skip_reason": "skip_steps"}
+        self._record({"step": state.step, "total_steps": self._total_steps} | counted | skip, scores)
+
     def step(
         self,
         state: TrainState,
         result: StepResult,
         learning_rate: float,
         timer: StepTimer,
-        valid_loss: float | None = None,
+        scores: Scores | None = None,
+        tokens: int | None = None,
     ) -> None:
-        """One logged step. Rates count the steps' own time alone."""
+        """One logged step of `tokens`. Rates count the steps' own time alone."""
         step_seconds, rest = timer.take()
-        rate = self._tokens_per_step / step_seconds if step_seconds else 0.0
+        rate = (tokens or self._tokens_per_step) / step_seconds if step_seconds else 0.0
         per_device = rate / self._world_size
         record: dict[str, Any] = {
             "step": state.step,
@@ -128,15 +144,13 @@ class RunLog:
             "epoch": (state.consumed_samples - 1) // self._samples_per_epoch,
             "total_steps": self._total_steps,
         } | rest
-        if valid_loss is not None:
-            record["valid_loss"] = valid_loss
         if result.skipped:
             record["skipped"] = True
-        # NaN and infinity are no JSON: a reader in another language would stop at them.
-        finite = {
-            key: value if value is not None and math.isfinite(value) else None
-            for key, value in record.items()
-        }
+        self._record(record, scores)
+
+    def _record(self, record: dict[str, Any], scores: Scores | None) -> None:
+        record |= scores.record() if scores else {}
+        finite = _finite(record)
         self._write(json.dumps(finite) + "\n")
         for board in list(self._boards):
             try:
@@ -159,25 +173,23 @@ class RunLog:
         width = len(str(self._total_steps))
         parts = [
             f"step {record['step']:>{width}}/{self._total_steps}",
-            f"loss {record['loss']:.4f}",
-            f"lr {record['learning_rate']:.2e}",
-            f"grad {record['grad_norm']:.3f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"{record['step_seconds']:.3f} s/step",
-            f"{record['memory_gib']:.2f} GiB",
+            *_step_parts(record),
         ]
-        if record["mfu"] is not None:
-            parts.insert(5, f"mfu {record['mfu']:.1%}")
-        if "valid_loss" in record:
-            parts.insert(2, f"valid {record['valid_loss']:.4f}")
+        parts[2:2] = _valid_parts(record)
         if record.get("slowest_rank_excess", 0) > 0.1:
             parts.append(f"rank {record['slowest_rank']} slower by {record['slowest_rank_excess']:.0%}")
         for name, what in (("save_seconds", "saving"), ("eval_seconds", "evaluating")):
             if name in record:
                 parts.append(f"{what} {record[name]:.2f} s")
         if record.get("skipped"):
-            parts.append(f"SKIPPED (loss scale {record['loss_scale']:g})")
+            reason = record.get("skip_reason") or f"loss scale {record['loss_scale']:g}"
+            parts.append(f"SKIPPED ({reason})")
         return " | ".join(parts)
+
+    def sync(self) -> None:
+        """Puts on the disk what is written so far, as the checkpoint is that goes with it."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def draw(self) -> None:
         """Refreshes loss.png and throughput.png; a plot that fails never stops a run."""
@@ -197,21 +209,62 @@ class RunLog:
                 board.close()
 
 
+def _step_parts(record: dict[str, Any]) -> list[str]:
+    """What there is to say of a step that was taken; nothing of step 0."""
+    if "loss" not in record:
+        return []
+    mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.1%}"]
+    return [
+        f"loss {record['loss']:.4f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"grad {record['grad_norm']:.3f}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        *mfu,
+        f"{record['step_seconds']:.3f} s/step",
+        f"{record['memory_gib']:.2f} GiB",
+    ]
+
+
+def _valid_parts(record: dict[str, Any]) -> list[str]:
+    split = [f"valid {record['valid_loss']:.4f}"] if "valid_loss" in record else []
+    return split + [f"{name} {loss:.4f}" for name, loss in record.get("valid_losses", {}).items()]
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity are no JSON: a reader in another language would stop at them."""
+    return {
+        key: _finite(value) if isinstance(value, dict) else _number(value) for key, value in record.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of a metrics.jsonl; lines that are none, such as one cut short by a crash, are left out."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = parse_json(line)
+            except ValueError:
                 continue
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drops records later than `step`: the resumed run takes those steps again."""
+    if not path.is_file():
+        return
     records = read_metrics(path)
-    kept = [record for record in records if record["step"] <= step]
-    if path.is_file() and (len(kept) < len(records) or not path.read_bytes().endswith(b"\n")):
+    # A run that begins anew evaluates anew: what stands for step 0 goes, too.
+    kept = [record for record in records if 0 < step >= record["step"]]
+    content = path.read_bytes()
+    odd = len(content.splitlines()) - len(records)
+    if odd:
+        say(f"warning: {path}: {odd} line(s) are no records, and are dropped")
+    if odd or len(kept) < len(records) or (content and not content.endswith(b"\n")):
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -15,25 +15,31 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
     figure, (top, bottom) = _figure(2, (9, 6), sharex=True, gridspec_kw={"height_ratios": [4, 1]})
     top.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss")
     top.plot(steps, smooth(list(losses)), color="#08519c", linewidth=1.8, label="smoothed")
-    valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
-    if valid:
-        top.plot(
-            *zip(*valid, strict=True),
-            "o-",
-            color="#d94801",
-            markersize=3,
-            linewidth=1.2,
-            label="validation loss",
-        )
+    for number, (name, curve) in enumerate(valid_curves(records).items()):
+        color = "#d94801" if name == "" else f"C{number % 10}"
+        label = f"validation loss {name}".strip()
+        top.plot(*zip(*curve, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=label)
     top.set_ylabel("loss (nats per token)")
     top.annotate(
         f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(4, 6), fontsize=9
     )
     top.legend(frameon=False)
-    bottom.plot([r["step"] for r in records], [r["learning_rate"] for r in records], color="#31a354")
+    rates = [(r["step"], r["learning_rate"]) for r in records if r.get("learning_rate") is not None]
+    bottom.plot(*zip(*rates, strict=True), color="#31a354")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     _title_and_save(figure, top, path, steps[-1])
+
+
+def valid_curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) of every validation set by its name, the split's own under the empty name."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        losses = {"": record.get("valid_loss")} | (record.get("valid_losses") or {})
+        for name, loss in losses.items():
+            if loss is not None:
+                curves.setdefault(name, []).append((record["step"], loss))
+    return curves
 
 
 def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
@@ -62,13 +68,14 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]], target: Path | IO[bytes], p
     figure, (loss, rate) = _figure(2, (10, 8), sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     for number, (name, records) in enumerate(runs.items()):
         color = f"C{number % 10}"
+        for set_number, (set_name, curve) in enumerate(valid_curves(records).items()):
+            marker, label = "osD^v<>*"[set_number % 8], f"{name}, validation {set_name}".rstrip()
+            loss.plot(*zip(*curve, strict=True), marker + ":", color=color, markersize=4, label=label)
+        records = [record for record in records if record.get("loss") is not None]
         steps = [record["step"] for record in records]
         losses = [record["loss"] for record in records]
         loss.plot(steps, losses, color=color, linewidth=0.6, alpha=0.35)
         loss.plot(steps, smooth(losses), color=color, linewidth=1.6, label=name)
-        valid = [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None]
-        if valid:
-            loss.plot(*zip(*valid, strict=True), "o", color=color, markersize=4, markeredgecolor="white")
         rate.plot(steps, [record.get("tokens_per_second") for record in records], color=color, linewidth=1.0)
     loss.set_ylabel("loss (nats per token); dots: validation")
     loss.legend(frameon=False)

@@ -8,17 +8,20 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The generators' states, to be kept."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """The generators' states, to be kept: numbers, texts and tensors alone."""
+    name, keys, *rest = np.random.get_state()
+    numpy_state = (name, keys.tolist(), *rest)
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators where `random_state` found them."""
+    """Puts the generators where `random_state` found them. Once numpy's keys were kept as an array."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "device" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(state["device"])

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from aquila.config import RunConfig
+from aquila.config.run import batch_sizes
 from aquila.core.errors import UserError
 
 
@@ -23,16 +24,40 @@ class Schedule:
     decay_steps: int
     style: str
     wsd_share: float = 0.1
+    wsd_start: int | None = None
+    """Step after which wsd decays, in place of its share."""
+    rewarm: tuple[int, int] | None = None
+    """(step, steps after it over which the rate rises from 0 to what it would be)."""
+    batch_sizes: tuple[tuple[int, int], ...] = ((0, 1),)
+    """(step, samples of each step after it), from step 0 on, in order."""
+
+    def samples_of(self, step: int) -> int:
+        """Samples over all devices that optimizer step `step`, counted from 1, consumes."""
+        return next(samples for after, samples in reversed(self.batch_sizes) if after < step)
+
+    def samples_between(self, first: int, last: int) -> int:
+        """Samples of the steps after `first` up to `last`."""
+        ends = [after for after, _ in self.batch_sizes[1:]] + [last]
+        return sum(
+            samples * max(0, min(end, last) - max(after, first))
+            for (after, samples), end in zip(self.batch_sizes, ends, strict=True)
+        )
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimizer step `step`, counted from 1."""
+        start, steps = self.rewarm or (0, 0)
+        rising = (step - start) / steps if start < step < start + steps else 1.0
+        return self._scheduled(step) * rising
+
+    def _scheduled(self, step: int) -> float:
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.style == "constant":
             return self.peak
         start = self.warmup_steps
         if self.style == "wsd":
-            start = max(start, self.decay_steps - round(self.wsd_share * self.decay_steps))
+            stable = self.decay_steps - round(self.wsd_share * self.decay_steps)
+            start = max(start, stable if self.wsd_start is None else self.wsd_start)
         if step <= start:
             return self.peak
         progress = min(1.0, (step - start) / max(1, self.decay_steps - start))
@@ -46,8 +71,9 @@ def make_schedule(run: RunConfig, samples_per_epoch: int, world_size: int) -> Sc
 
     Raises `UserError` when the training split does not fill one global batch.
     """
-    samples, batch = run.epochs * samples_per_epoch, run.global_batch_size(world_size)
-    total = run.train_iters or samples // batch
+    sizes = batch_sizes(run, world_size)
+    samples, batch = run.epochs * samples_per_epoch, sizes[0][1]
+    total = run.train_iters or _steps_of(samples, sizes)
     if total == 0:
         raise UserError(
             f"the training split gives {samples} samples in {run.epochs} epochs, fewer than one global batch "
@@ -63,4 +89,18 @@ def make_schedule(run: RunConfig, samples_per_epoch: int, world_size: int) -> Sc
         decay_steps=run.lr_decay_iters or total,
         style=run.lr_decay_style,
         wsd_share=run.wsd_decay,
+        wsd_start=run.wsd_start,
+        rewarm=(run.rewarm_from, run.rewarm_iters) if run.rewarm_iters is not None else None,
+        batch_sizes=tuple(sizes),
     )
+
+
+def _steps_of(samples: int, sizes: list[tuple[int, int]]) -> int:
+    """Whole steps that `samples` give."""
+    ends = [after for after, _ in sizes[1:]]
+    for (after, batch), end in zip(sizes, [*ends, None], strict=True):
+        steps = samples // batch
+        if end is None or after + steps < end:
+            return after + steps
+        samples -= (end - after) * batch
+    raise AssertionError("the last size has no end")

@@ -24,7 +24,7 @@ class TrainState:
     def advance(self, samples: int, tokens: int, loss: float, *, skipped: bool, bad: bool) -> None:
         """One optimizer step has been taken, or skipped; `bad` when it was no fault of the loss scale."""
         if not skipped and math.isfinite(loss):
-            self.mean_loss = loss if self.step == 0 else _MEMORY * self.mean_loss + (1 - _MEMORY) * loss
+            self.mean_loss = _MEMORY * self.mean_loss + (1 - _MEMORY) * loss if self.mean_loss else loss
         self.step += 1
         self.consumed_samples += samples
         self.consumed_tokens += tokens

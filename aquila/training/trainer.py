@@ -11,6 +11,7 @@ from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
+from aquila.training.evaluation import Scores
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.nonfinite import what_is_not_finite
 from aquila.training.schedule import Schedule
@@ -27,7 +28,7 @@ class Trainer:
     """Everything that a run needs, built; `run` takes it to its end.
 
     batches: this rank's micro batches from `state.consumed_samples` on, without end.
-    valid_batches: makes one evaluation's micro batches, always the same; none without that split.
+    evaluate: the losses of the validation sets, on all ranks together; None without any set.
     documents_of: names the documents of a range of samples, for what is said of a bad step.
     after_save: what else is to be done with a finished checkpoint. log: on rank 0 alone.
     """
@@ -36,7 +37,7 @@ class Trainer:
     engine: Engine
     schedule: Schedule
     batches: Iterator[MicroBatch]
-    valid_batches: Callable[[], Iterator[MicroBatch]]
+    evaluate: Callable[[], Scores] | None
     documents_of: Callable[[range], str]
     checkpointer: Checkpointer
     after_save: Callable[[Path], None]
@@ -45,15 +46,16 @@ class Trainer:
     log: RunLog | None
     state: TrainState
     seq_length: int
-    synchronize: Callable[[], None]
     timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
         """Trains to the end. Returns the exit status: 0 done, 75 stopped on request, 1 gave up."""
         saved = self.state.step  # the checkpoint it came from, or nothing to save yet
+        if saved == 0 and self.config.eval_at_start:
+            self._log_start(self._evaluate())
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            self._log(result, self._evaluate())
+            self._log(result, self._evaluate() if self._evaluation_due() else None)
             if self.state.bad_steps >= self.config.max_bad_steps:
                 self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
@@ -77,25 +79,26 @@ class Trainer:
 
     def _step(self) -> StepResult:
         self.timer.start()
-        micro_batches = [next(self.batches) for _ in range(self.config.gradient_accumulation_steps)]
+        step = self.state.step + 1
+        samples = self.schedule.samples_of(step)
+        micro_steps = samples // (self.config.batch_size * self.engine.world_size)
+        micro_batches = [next(self.batches) for _ in range(micro_steps)]
         requests, self.requests.save = (self.requests.stop, self.requests.save), False
-        result = self.engine.train_step(
-            micro_batches,
-            self.schedule.learning_rate(self.state.step + 1),
-            notices=(*requests, self.checkpointer.written),
-            spike_above=self._spike_above(),
-        )
-        self.synchronize()
-        self.timer.stop(result.forward_seconds)
+        notices = (*requests, self.checkpointer.written)
+        if self.config.skips(step):
+            result = self.engine.pass_over(notices)
+        else:
+            rate, above = self.schedule.learning_rate(step), self._spike_above()
+            result = self.engine.train_step(micro_batches, rate, notices=notices, spike_above=above)
+            self.timer.stop(result.forward_seconds)
         if result.skipped:
             self._explain(result)
-        samples = self.config.global_batch_size(self.engine.world_size)
         self.state.advance(
             samples,
             samples * self.seq_length,
             result.loss,
             skipped=result.skipped,
-            bad=result.skipped and not result.spike and not self._scale_may_fall(result),
+            bad=result.skipped and not (result.spike or result.passed_over or self._scale_may_fall(result)),
         )
         self.watchdog.beat(self.state.step)
         return result
@@ -114,21 +117,36 @@ class Trainer:
         finite = self.config.precision == "fp16" and math.isfinite(result.loss)
         return finite and result.loss_scale > self.engine.min_loss_scale
 
-    def _evaluate(self) -> float | None:
-        if not self._due(self.config.eval_interval):
+    def _evaluation_due(self) -> bool:
+        at_end = self.config.eval_at_end and self.state.step == self.schedule.total_steps
+        return at_end or self._due(self.config.eval_interval)
+
+    def _evaluate(self) -> Scores | None:
+        if self.evaluate is None:
             return None
         started = time.perf_counter()
-        loss = self.engine.evaluate(self.valid_batches())
+        scores = self.evaluate()
         self.timer.other("eval_seconds", time.perf_counter() - started)
         self.watchdog.beat(self.state.step)
-        return loss
+        return scores
 
-    def _log(self, result: StepResult, valid_loss: float | None) -> None:
-        first = self.state.step == 1  # where the loss starts; and a launcher waits for this line
-        due = first or self._due(self.config.log_interval) or valid_loss is not None or result.skipped
-        if self.log is not None and due:
-            rate = self.schedule.learning_rate(self.state.step)
-            self.log.step(self.state, result, rate, self.timer, valid_loss)
+    def _log_start(self, scores: Scores | None) -> None:
+        if self.log is not None and scores is not None:
+            self.log.start(self.state, self.timer, scores)
+
+    def _log(self, result: StepResult, scores: Scores | None) -> None:
+        step = self.state.step
+        tokens = self.schedule.samples_of(step) * self.seq_length
+        # The first is where the loss starts, and a launcher waits for it. Between two lines all steps have
+        # one size, so that rates, and the samples of a step, can be told from them.
+        due = step == 1 or self._due(self.config.log_interval) or scores is not None or result.skipped
+        due = due or tokens != self.schedule.samples_of(step + 1) * self.seq_length
+        if self.log is None or not due:
+            return
+        if result.passed_over:
+            self.log.passed_over(self.state, scores)
+        else:
+            self.log.step(self.state, result, self.schedule.learning_rate(step), self.timer, scores, tokens)
 
     def _save(self, saved: int) -> int:
         """Begins a save, after the one in flight; returns the newest step that is safely saved."""
@@ -153,6 +171,7 @@ class Trainer:
         self.checkpointer.stall_seconds = 0.0
         self.watchdog.beat(self.state.step)
         if self.log is not None:
+            self.log.sync()
             self.log.draw()
         return saved
 
@@ -160,7 +179,9 @@ class Trainer:
         """Says which step was skipped, why, on whose account, and what was read."""
         if self.log is None:
             return
-        step, ranks = self.state.step + 1, self.engine.world_size
+        step = self.state.step + 1
+        if result.passed_over:
+            return  # its line says so
         if result.spike:
             reason = f"loss {result.loss:.3f} is a spike over its mean {self.state.mean_loss:.3f}"
         elif self._scale_may_fall(result):
@@ -170,7 +191,7 @@ class Trainer:
         else:
             reason = what_is_not_finite(result.rank_losses, result.bad_gradient_ranks)
         first = self.state.consumed_samples
-        samples = range(first, first + self.config.global_batch_size(ranks))
+        samples = range(first, first + self.schedule.samples_of(step))
         batch = self.documents_of(samples)
         self._say(f"warning: step {step} is skipped on all ranks: {reason}; its batch: {batch}")
 

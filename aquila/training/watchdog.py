@@ -72,9 +72,16 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
+        """Barks after `timeout` seconds of silence, counted here: a machine that was frozen counts none."""
         pause = min(1.0, self._timeout / 4)
+        silent, beat, looked = 0.0, self._beat, time.monotonic()
         while not self._ended.wait(pause):
-            if time.monotonic() - self._beat > self._timeout:
+            now, before = time.monotonic(), looked
+            looked = now
+            if self._beat != beat:
+                silent, beat = 0.0, self._beat
+            silent += min(now - before, 2 * pause)
+            if silent > self._timeout:
                 self._bark()
 
     def _bark(self) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from aquila.data.indexed import open_corpora
-from aquila.data.order import record_order
+from aquila.data.order import FILE, order_text
 
 MODEL = "checkpoints_in/aquila-tiny"
 
@@ -82,7 +82,7 @@ def test_build_index_is_what_training_opens(tool, dataset, tmp_path):
 
 def test_show_batch(tool, dataset, tmp_path):
     stream = open_corpora([str(dataset)], "90,10", 64, 2023).train
-    record_order(tmp_path, stream)
+    (tmp_path / FILE).write_text(order_text(stream), encoding="utf-8")
     logged = [{"step": s, "consumed_samples": c} for s, c in ((10, 40), (20, 80), (25, 120))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in logged))
     shown = tool("show_batch", tmp_path, "--step", 13, "--json", "--model-dir", MODEL).splitlines()

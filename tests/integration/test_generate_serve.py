@@ -175,7 +175,7 @@ def test_a_client_that_leaves_frees_its_place(server, client, name):
         for _ in range(3):
             connection = socket.create_connection(("127.0.0.1", server))
             head = (
-                "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n"
             )
             connection.sendall(head.encode() + body)
@@ -191,7 +191,7 @@ def test_a_client_that_leaves_frees_its_place(server, client, name):
 def test_a_client_that_leaves_while_it_sends_is_nothing_to_report(server):
     # The endpoint's messages are looked at when it ends.
     with socket.create_connection(("127.0.0.1", server)) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
         time.sleep(0.3)
     wait_until_idle(server)

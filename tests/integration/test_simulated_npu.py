@@ -40,7 +40,13 @@ ONE_RANK = {
 TWO_RANKS = {
     "two-zero1": (FP32, "zero_stage=1", TRIANGLE, PACKED),
     "two-zero3": (FP32, "zero_stage=3", PACKED, "attention=fused", SELECTIVE),
-    "two-bf16": ("precision=bf16", "zero_stage=2", "attention=fused", "gradient_accumulation_steps=2"),
+    "two-bf16": (
+        "precision=bf16",
+        "zero_stage=2",
+        "attention=fused",
+        "gradient_accumulation_steps=2",
+        "deterministic=True",
+    ),
 }
 MORE_ON_ONE_RANK = {
     "one-zero1": (FP32, "zero_stage=1", "attention=fused"),
@@ -173,9 +179,12 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
     ],
 )
 def test_losses_are_the_cpus(project: Path, simulated: dict[str, str], ranks: int, runs: dict) -> None:
-    on_both(project, simulated, runs, ranks)
+    npu, cpu = on_both(project, simulated, runs, ranks)
     for name in runs:
         assert_same_losses(project, name)
+    if runs is TWO_RANKS:
+        assert npu.count("HCCL_DETERMINISTIC=true") == 1
+        assert "HCCL_DETERMINISTIC" not in cpu
 
 
 def test_the_launcher_trains_on_two_npus_and_restarts_a_killed_rank(tmp_path: Path, simulated) -> None:

@@ -24,7 +24,7 @@ MODEL = {
 RUN = {
     "data_prefix": "data/demo_text_document", "split": "80,20", "batch_size": 2,
     "gradient_accumulation_steps": 2, "train_iters": 12, "lr": 1e-3, "log_interval": 1, "eval_interval": 4,
-    "eval_iters": 2, "save_interval": 100, "tensorboard": False,
+    "eval_iters": 2, "save_interval": 100, "tensorboard": False, "eval_at_start": False,
 }  # fmt: skip
 EXACT = (
     "step",

@@ -89,6 +89,17 @@ def test_no_number_of_devices_helps(monkeypatch, capsys, model_dir: Path) -> Non
     assert "more devices alone are no help" in capsys.readouterr().err
 
 
+def test_a_predicted_step_time(monkeypatch, capsys, model_dir: Path) -> None:
+    words = (model_dir, "--devices", "8", "--memory", "64GB", "--chip", "910B3")
+    assert run_plan(monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert "predicted on 910B3:" in said
+    assert "not measured here" in said
+    assert run_plan(monkeypatch, *words, "--link", "3", "--json") == 0
+    slow = json.loads(capsys.readouterr().out)["choices"][2]
+    assert slow["step_seconds"] > float(said.split("predicted on 910B3: ")[1].split()[0])
+
+
 def test_the_triangle_is_counted(monkeypatch, capsys, model_dir: Path) -> None:
     (model_dir / "config.json").write_text(
         json.dumps({**SEVEN_B, "max_seq_len": 2048, "use_triangle_attn": True})

@@ -209,7 +209,7 @@ def test_special_tokens_that_the_vocabulary_already_has_keep_their_ids(tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.json", "{", "cannot be read as JSON"),
+        ("vocab.json", "{", "not valid JSON"),
         ("vocab.json", '{"a": 0, "b": 0}', "share an id"),
         ("vocab.json", '{"a": "x"}', "whole number"),
         ("merges.txt", "#version\na b c\n", "line 2"),

@@ -17,6 +17,7 @@ constexpr int64_t PART = 1024;      // elements that a sum in fp32 covers
 
 template <class T>
 void norm(const T* x, const T* weight, T* y, float* scale, int64_t rows, int64_t dim, float eps, int threads) {
+    if (rows * dim <= CHUNK) threads = 1;  // waking the others takes longer
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const T* from = x + r * dim;
@@ -98,14 +99,19 @@ void norm_backward(const T* x, const T* weight, const float* scale, const T* dy,
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
 
+// gate and up: rows that begin `step` elements after one another; y is dense.
 template <class T>
-void gated(const T* gate, const T* up, T* y, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < count; first += CHUNK) {
-        const int64_t last = std::min(count, first + CHUNK);
+void gated(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_t step, int threads) {
+    if (rows * width <= CHUNK) threads = 1;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t first = 0; first < width; first += CHUNK) {
+            const T *g = gate + r * step, *u = up + r * step;
+            T* to = y + r * width;
+            const int64_t last = std::min(width, first + CHUNK);
 #pragma omp simd
-        for (int64_t i = first; i < last; i++) store(y + i, float(gate[i]) * sigmoid(gate[i]) * float(up[i]));
-    }
+            for (int64_t i = first; i < last; i++) store(to + i, float(g[i]) * sigmoid(g[i]) * float(u[i]));
+        }
 }
 
 template <class T>
@@ -220,8 +226,9 @@ void adamw(T* weights, float* master, const T* gradient, float* first, float* se
                                          void* dw, int64_t rows, int64_t dim, int threads) {                        \
         norm_backward((const T*)x, (const T*)w, scale, (const T*)dy, (T*)dx, (T*)dw, rows, dim, threads);           \
     }                                                                                                               \
-    extern "C" void gated_##NAME(const void* gate, const void* up, void* y, int64_t count, int threads) {           \
-        gated((const T*)gate, (const T*)up, (T*)y, count, threads);                                                 \
+    extern "C" void gated_##NAME(const void* gate, const void* up, void* y, int64_t rows, int64_t width,            \
+                                 int64_t step, int threads) {                                                       \
+        gated((const T*)gate, (const T*)up, (T*)y, rows, width, step, threads);                                     \
     }                                                                                                               \
     extern "C" void gated_backward_##NAME(const void* gate, const void* up, const void* dy, void* dgate, void* dup, \
                                           int64_t count, int threads) {                                             \

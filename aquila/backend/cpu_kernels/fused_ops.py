@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,9 +26,15 @@ def _taken(*tensors: Tensor) -> bool:
     return alike and not torch.compiler.is_compiling() and available()
 
 
-def _call(name: str, like: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native.library("fused_ops.cpp"), f"{name}_{_NAMES[like.dtype]}")
+@lru_cache(maxsize=32)
+def _kernel(name: str) -> ctypes._CFuncPtr:
+    kernel = getattr(native.library("fused_ops.cpp"), name)
     kernel.restype = None
+    return kernel
+
+
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
+    kernel = _kernel(f"{name}_{_NAMES[like.dtype]}")
     kernel(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
@@ -41,16 +48,25 @@ def _as_c(value: Any) -> Any:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """As `reference.rms_norm`; None for other dtypes than bf16 and fp32."""
-    return _Norm.apply(x, weight, eps) if _taken(x, weight) else None
+    if not _taken(x, weight):
+        return None
+    return _Norm.apply(x, weight, eps) if torch.is_grad_enabled() else _norm(x, weight, eps)[0]
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and each row's factor, which backward needs; x and weight contiguous or made so."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+    scale = torch.empty(rows, dtype=torch.float32)
+    _call("norm", x, x, weight, y, scale, rows, x.shape[-1], eps)
+    return y, scale
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
-        scale = torch.empty(rows, dtype=torch.float32)
-        _call("norm", x, x, weight, y, scale, rows, x.shape[-1], eps)
+        y, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -87,15 +103,27 @@ class _Embedding(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
     """As `reference.swiglu`, or None; for backward it keeps its inputs alone."""
-    return _Gated.apply(gate, up) if _taken(gate, up) else None
+    if not _taken(gate, up):
+        return None
+    return _Gated.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    rows, width, step = 1, gate.numel(), 0
+    if gate.dim() == 2 and gate.stride() == up.stride() and gate.stride(1) == 1:  # halves of one matrix
+        (rows, width), step = gate.shape, gate.stride(0)
+    else:
+        gate, up = gate.contiguous(), up.contiguous()
+    y = gate.new_empty(gate.shape)
+    _call("gated", gate, gate, up, y, rows, width, step)
+    return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        _call("gated", gate, gate, up, y, gate.numel())
+        y = _gated(gate, up)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -160,27 +188,22 @@ _LANES = 16  # torch computes what remains of these in fp64
 
 
 def adamw(
-    weights: Tensor,
-    master: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor, Tensor],
-    settings: dict[str, Any],
-    factor: float,
+    blocks: Iterable[reference.AdamBlock], step: Tensor, settings: dict[str, Any], factor: float | Tensor
 ) -> None:
     """As `reference.adamw`, bit for bit."""
-    exp_avg, exp_avg_sq, step = moments
-    dense = all(x.is_contiguous() for x in (weights, master, gradient, exp_avg, exp_avg_sq))
-    whole = master.numel() // _LANES * _LANES
-    if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
-        whole = 0
-    if whole:
-        beta1, beta2 = settings["betas"]
-        steps, rate = step.item(), settings["lr"]
-        values = _Adam(
-            1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
-            rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
-        )  # fmt: skip
-        _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
-    if whole < master.numel():
-        rest = [x[whole:] for x in (weights, master, gradient, exp_avg, exp_avg_sq)]
-        reference.adamw(*rest[:3], (*rest[3:], step), settings, factor)
+    beta1, beta2 = settings["betas"]
+    steps, rate, factor = step.item(), settings["lr"], float(factor)
+    values = _Adam(
+        1 - beta1, beta2, 1 - beta2, settings["eps"], 1 - rate * settings["weight_decay"],
+        rate / (1 - beta1**steps), math.sqrt(1 - beta2**steps), factor,
+    )  # fmt: skip
+    for block in blocks:
+        weights, master, gradient, exp_avg, exp_avg_sq = block
+        whole = master.numel() // _LANES * _LANES
+        dense = all(x.is_contiguous() for x in block)
+        if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
+            whole = 0
+        if whole:
+            _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
+        if whole < master.numel():
+            reference.adamw([tuple(x[whole:] for x in block)], step, settings, factor)

@@ -11,9 +11,41 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-if platform.machine() == "x86_64":
-    _FLAGS += ("-mprefer-vector-width=512",)  # gcc's own choice is half, for processors that slow down at 512
+from aquila.core.errors import UserError
+
+_FLAGS = ("-O3", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+# gcc's own choice of vectors is half as wide, for processors that slow down at 512 bits.
+_WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+
+# Levels of instructions below the processor's own: their flags, and what the processor must have.
+_LEVELS = {
+    "native": (("-march=native", *_WIDE), ()),
+    "avx512_bf16": (("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", *_WIDE), ("avx512_bf16",)),
+    "avx512": (("-march=x86-64-v4", *_WIDE), ("avx512vl", "avx512bw", "avx512dq")),
+    "avx2": (("-march=x86-64-v3",), ("avx2", "fma")),
+    "portable": ((), ()),  # the compiler's least for this architecture
+    "none": ((), ()),  # nothing compiled: torch alone
+}
+
+
+def level() -> str:
+    """AQUILA_CPU_LEVEL: the instructions that kernels are compiled for, by default the processor's own.
+
+    Raises `UserError` for an unknown level, or one that this processor lacks.
+    """
+    chosen = os.environ.get("AQUILA_CPU_LEVEL") or "native"
+    if os.environ.get("AQUILA_NATIVE") == "0":
+        return "none"
+    if chosen not in _LEVELS:
+        raise UserError(f"AQUILA_CPU_LEVEL: '{chosen}' is not one of {', '.join(_LEVELS)}")
+    if not level_fits(chosen):
+        raise UserError(f"AQUILA_CPU_LEVEL: this processor has no {chosen}; leave the variable unset")
+    return chosen
+
+
+def level_fits(level: str) -> bool:
+    """Whether this processor runs what is compiled for a level."""
+    return set(_LEVELS[level][1]) <= set(_processor().decode().split())
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -23,9 +55,9 @@ FOLDER = Path(__file__).resolve().parent
 def library(source: str) -> ctypes.CDLL | None:
     """The compiled source file, a path inside this folder.
 
-    None where there is no compiler, or AQUILA_NATIVE=0 forbids it.
+    None where there is no compiler, or AQUILA_NATIVE=0 (as AQUILA_CPU_LEVEL=none) forbids it.
     """
-    if os.environ.get("AQUILA_NATIVE") == "0":
+    if level() == "none":
         return None
     try:
         return ctypes.CDLL(str(_built(FOLDER / source)))
@@ -54,7 +86,7 @@ def _report(error: Exception) -> None:
 
 def _built(source: Path) -> Path:
     """The compiled library: from the cache, or compiled into it. Raises `OSError`, `SubprocessError`."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS]
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *_FLAGS, *_LEVELS[level()][0]]
     if os.environ.get("AQUILA_EMULATE_AMX") == "1":
         command.append("-DEMULATED_AMX")
     key = hashlib.sha256()

@@ -215,6 +215,23 @@ class _ValueReader:
         self._text = "".join(parts)
 
 
+def _batch_rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch. A cell that is no text, though its column says so, is given as bytes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = {name: [_cell(value) for value in batch.column(name)] for name in batch.schema.names}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        as_buffer = getattr(value, "as_buffer", None)
+        return as_buffer().to_pybytes() if as_buffer else b""
+
+
 def _rows(source: Source, columns: Sequence[str]) -> Iterator[ItemsBlock]:
     try:
         import pyarrow
@@ -226,7 +243,7 @@ def _rows(source: Source, columns: Sequence[str]) -> Iterator[ItemsBlock]:
             present = [name for name in (*columns, "conversations") if name in file.schema_arrow.names]
             row, rows = 1, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=present):
-                items = list(enumerate(batch.to_pylist(), start=row))
+                items = list(enumerate(_batch_rows(batch), start=row))
                 row += len(items)
                 yield ItemsBlock(source, items, source.size * len(items) // rows)
     except (pyarrow.ArrowInvalid, OSError) as error:

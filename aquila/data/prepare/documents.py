@@ -145,7 +145,7 @@ def texts_of(value: Any, reading: Reading) -> list[str]:
 
 def _under(value: dict[str, Any], key: str) -> str:
     if key not in value:
-        has = ", ".join(map(repr, list(value)[:8])) or "nothing"
+        has = ", ".join(map(repr, list(value)[:8])) or "no key"
         raise BadDocumentError(f"key '{key}' is missing (the object has {has})")
     if not isinstance(value[key], str):
         raise BadDocumentError(f"'{key}' holds {_kind(value[key])}, not text")
@@ -178,10 +178,11 @@ def conversation(turns: Any, template: str) -> str:
         return "\n".join(values)
     system, parts = AQUILA_SYSTEM, []
     for number, (turn, value) in enumerate(zip(turns, values, strict=True), start=1):
-        role = AQUILA_ROLES.get(turn.get("from"))
+        sender = turn.get("from")
+        role = AQUILA_ROLES.get(sender) if isinstance(sender, str) else None
         if role is None:
             known = ", ".join(AQUILA_ROLES)
-            raise BadDocumentError(f"turn {number} is from {turn.get('from')!r}; known are {known}")
+            raise BadDocumentError(f"turn {number} is from {repr(sender)[:60]}; known are {known}")
         if role == "System":
             system = value
         else:
@@ -191,6 +192,7 @@ def conversation(turns: Any, template: str) -> str:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    names[bytes] = "binary data"
     return names.get(type(value), "a number")
 
 

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import os
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 
 from aquila.core.errors import UserError
 
-FORMS = {".jsonl": "lines", ".json": "values", ".txt": "text", ".parquet": "parquet"}
+FORMS = {".jsonl": "lines", ".ndjson": "lines", ".json": "values", ".txt": "text", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -56,8 +57,9 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 def _expand(item: str) -> list[str]:
     known = ", ".join(FORMS) + ", each also .gz or .zst"
     if os.path.isdir(item):
-        walked = (os.path.join(folder, name) for folder, _, names in os.walk(item) for name in names)
+        walked = _walk(item)
         found = sorted(path for path in walked if _kind(path))
+        _tell_left_out(item, [path for path in walked if not _kind(path)])
         if not found:
             raise UserError(f"input folder {item} holds no file of a known kind ({known})")
         return found
@@ -66,15 +68,41 @@ def _expand(item: str) -> list[str]:
             raise UserError(f"input {item}: unknown kind of file; known are {known}")
         return [item]
     if glob.has_magic(item):
-        found = sorted(path for path in glob.glob(item, recursive=True) if _kind(path))
+        matched = [path for path in glob.glob(item, recursive=True) if not os.path.isdir(path)]
+        found = sorted(path for path in matched if _kind(path))
+        _tell_left_out(item, [path for path in matched if not _kind(path)])
         if not found:
             raise UserError(f"input {item} matches no file of a known kind ({known})")
         return found
     raise UserError(f"input {item} does not exist")
 
 
+def _walk(folder: str) -> list[str]:
+    """The files below a folder, through linked folders as well, each folder once."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(here, name) for name in names]
+    return found
+
+
+def _tell_left_out(item: str, paths: list[str]) -> None:
+    """Whatever is not read is counted and named."""
+    if paths:
+        names = ", ".join(sorted(os.path.basename(path) for path in paths)[:5])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        print(
+            f"warning: input {item}: {len(paths)} file(s) of no known kind are left out: {names}{more}",
+            file=sys.stderr,
+        )
+
+
 def _kind(path: str) -> tuple[str, str] | None:
-    stem, extension = os.path.splitext(path)
+    stem, extension = os.path.splitext(path.lower())
     compression = extension if extension in COMPRESSIONS else ""
     if compression:
         extension = os.path.splitext(stem)[1]

@@ -53,7 +53,7 @@ class CompletionRequest(BaseModel):
     user: str | None = None
     top_k: int | None = Field(None, ge=0)
     """Ours: as on the command line."""
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e9)
     """Ours: as on the command line."""
     suffix: str | None = None
     logprobs: int | None = None

@@ -112,7 +112,7 @@ class Scheduler:
             with self._changed:
                 self._running.pop(sequence)
             self.decoder.drop(sequence)
-        job.emit(index, piece, reason)
+        job.emit(index, "no token could be drawn with these values" if reason == "error" else piece, reason)
 
     def _fail(self, error: Exception) -> None:
         """Ends all running answers with an error, and starts anew with an empty cache."""

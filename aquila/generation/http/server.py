@@ -18,7 +18,7 @@ from aquila.generation.http.scheduler import BusyError, Job, Scheduler
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request
+    from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.requests import ClientDisconnect
 except ImportError as error:
@@ -27,6 +27,8 @@ except ImportError as error:
     ) from None
 
 
+_DRAINED = 16
+"""Times the limit that is read of a request that is too large."""
 GRACE_SECONDS = 5
 """How long answers that are open at the end may take."""
 
@@ -41,7 +43,9 @@ class Limits:
     waiting: int = 64
     """Answers that may wait; beyond them a request gets 429."""
     body_bytes: int = 4 << 20
-    """Larger requests get 413 before they are read whole."""
+    """Larger requests get 413; what they send beyond is read for a while, so that they hear it."""
+    body_seconds: float = 60
+    """A request whose body takes longer gets 408."""
 
 
 def serve(session: Session, limits: Limits, listener: socket.socket) -> int:
@@ -108,7 +112,13 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
         yield
         await asyncio.to_thread(app.state.scheduler.close)
 
-    app = FastAPI(title="Aquila", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    async def check_host(request: Request) -> None:
+        _check_host(request, limits.host)
+
+    app = FastAPI(
+        title="Aquila", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        dependencies=[Depends(check_host)],
+    )  # fmt: skip
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> JSONResponse:
@@ -147,7 +157,12 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = parse(await _body(request, limits.body_bytes))
+        try:
+            body = await asyncio.wait_for(_body(request, limits.body_bytes), limits.body_seconds)
+        except asyncio.TimeoutError:
+            message = f"the body did not arrive within {limits.body_seconds:g} s"
+            raise RequestError(message, None, 408) from None
+        asked = parse(body)
         _check_model(asked.model, name)
         scheduler: Scheduler = app.state.scheduler
         # Tokenizing a huge text takes a while, during which others shall be answered.
@@ -173,10 +188,25 @@ async def _body(request: Request, limit: int) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > limit:
-            raise RequestError(f"the request exceeds {limit} bytes", None, 413)
-        parts.append(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > _DRAINED * limit:
+            break
+    if size > limit:
+        raise RequestError(f"the request exceeds {limit} bytes", None, 413)
     return b"".join(parts)
+
+
+def _check_host(request: Request, host: str) -> None:
+    """On a loopback address only its own names: a web page elsewhere may let its name point here."""
+    asked = request.url.hostname or ""
+    own = {"localhost", "::1", "0.0.0.0", host.lower()}
+    if _is_loopback(host) and not (asked in own or asked.startswith("127.")):
+        raise RequestError(f"this endpoint answers to localhost alone, not to '{asked[:100]}'", None, 421)
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "localhost")
 
 
 def _answers(asked: CompletionRequest, session: Session, scheduler: Scheduler) -> list[Answer]:

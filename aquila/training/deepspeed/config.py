@@ -5,19 +5,25 @@ from typing import Any
 import torch
 
 from aquila.config import EffectiveConfig
+from aquila.config.run import batch_sizes
 
 
-def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
+def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
     run = effective.run
+    # The most that any step takes: it decides the buffers; each step then says its own.
+    most = max(samples for _, samples in batch_sizes(run, world_size)) // (run.batch_size * world_size)
     zero = {"contiguous_gradients": True, "reduce_scatter": True}
     zero |= effective.deepspeed.get("zero_optimization", {})
-    zero |= {"stage": run.zero_stage, "overlap_comm": run.overlap_comm is not False}
+    # Where nothing is sent, DeepSpeed would only wait for the device in each micro step.
+    overlap = run.overlap_comm is not False and (world_size > 1 or run.zero_stage == 3)
+    zero |= {"stage": run.zero_stage, "overlap_comm": overlap}
     config = effective.deepspeed | {
         "train_micro_batch_size_per_gpu": run.batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "gradient_accumulation_steps": most,
         "gradient_clipping": run.clip_grad,
         "steps_per_print": 2**31 - 1,  # the console is ours
+        "timers": {"throughput": {"enabled": False}},  # so are rates; its timer waits for the device
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -31,7 +37,7 @@ def deepspeed_config(effective: EffectiveConfig) -> dict[str, Any]:
             "initial_scale_power": max(0, round(run.bmt_loss_scale).bit_length() - 1),
             "loss_scale_window": run.loss_scale_window,
         }
-    if run.precision != "fp32" and run.gradient_accumulation_steps > 1:
+    if run.precision != "fp32" and most > 1:
         # Sums over many micro steps in 16 bits would lose the small gradients.
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return config

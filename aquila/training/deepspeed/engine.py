@@ -12,20 +12,22 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
-from aquila.core.errors import UserError
+from aquila.core.errors import EXIT_USER_ERROR, UserError
 from aquila.model.files import TensorInfo
 from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker, to_host
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.sharded_model import (
     own_weights,
     share_is_altered,
@@ -68,12 +70,24 @@ class StepResult:
     bad_gradient_ranks: list[int]
     any_notice: list[bool]
     all_notice: list[bool]
+    passed_over: bool = False
+    """Not taken because the run says so (`skip_steps`): no loss is known."""
+
+
+class Evaluation(NamedTuple):
+    """Of the counted tokens of all ranks: mean loss in nats, how many they are, UTF-8 bytes of their text."""
+
+    loss: float
+    tokens: float
+    bytes: float
+    """0 where bytes are not known."""
 
 
 @contextmanager
-def processes(communication: str, device: torch.device) -> Iterator[tuple[int, int]]:
+def processes(communication: str, device: torch.device, timeout: float) -> Iterator[tuple[int, int]]:
     """The process group of this run, as (rank, world size); destroyed at the end.
 
+    timeout: seconds that ranks wait for one another in one collective.
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without
     them this process is a world of one.
     """
@@ -94,7 +108,12 @@ def processes(communication: str, device: torch.device) -> Iterator[tuple[int, i
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=communication, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=communication,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -147,7 +166,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        config = deepspeed_config(effective)
+        config = deepspeed_config(effective, world_size)
         if universal:
             config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
@@ -157,6 +176,8 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self.alive: Callable[[], None] = lambda: None
+        """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
         seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
         if world_size > 1 and not seen:
@@ -190,6 +211,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._accumulate(len(batches))
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
@@ -205,15 +227,20 @@ class Engine:
             # An infinite gradient is skipped by DeepSpeed on all ranks together, and nothing else changes.
             self._engine.backward(loss * float("inf") if spike else loss)
             self._engine.step()
-        values = total / len(batches), self._gradients.total, forward_seconds
-        losses, gradients, seconds, *flags = self.gather(*values, *notices)
         norm = self._engine.get_global_grad_norm()
+        values = (
+            total / len(batches),
+            self._gradients.total,
+            math.nan if norm is None else norm,
+            forward_seconds,
+        )
+        losses, gradients, norms, seconds, *flags = self.gather(*values, *notices)
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
         return StepResult(
             loss=sum(losses) / self.world_size,
-            grad_norm=float(norm) if norm is not None else float("nan"),
+            grad_norm=norms[0],
             loss_scale=scale,
             skipped=skipped,
             spike=spike,
@@ -224,26 +251,64 @@ class Engine:
             all_notice=[all(column) for column in flags],
         )
 
+    def pass_over(self, notices: Sequence[bool]) -> StepResult:
+        """A step that is not taken: nothing changes, and the notices travel all the same."""
+        flags = self.gather(*notices)
+        return StepResult(
+            loss=math.nan,
+            grad_norm=math.nan,
+            loss_scale=self.loss_scale,
+            skipped=True,
+            spike=False,
+            rank_losses=[],
+            forward_seconds=[],
+            bad_gradient_ranks=[],
+            any_notice=[any(column) for column in flags],
+            all_notice=[all(column) for column in flags],
+            passed_over=True,
+        )
+
+    def _accumulate(self, micro_steps: int) -> None:
+        """Lets DeepSpeed's next step be that many micro steps."""
+        if micro_steps == self._engine.gradient_accumulation_steps():
+            return
+        micro_batch = self._engine.train_micro_batch_size_per_gpu()
+        self._engine.set_train_batch_size(micro_steps * micro_batch * self.world_size)
+        self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
+
     @staticmethod
     def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[MicroBatch]) -> float | None:
-        """Mean loss of the counted tokens of `batches` over all ranks, None without any; changes nothing."""
-        total, count = 0.0, 0.0
+    def evaluate(
+        self, batches: Iterator[MicroBatch], token_bytes: torch.Tensor | None = None
+    ) -> Evaluation | None:
+        """The counted tokens of `batches` over all ranks, None without any; changes nothing.
+
+        token_bytes: float32 (vocabulary,), UTF-8 bytes of each id.
+        """
+        total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
             counted = batch.loss_mask.sum().item()
             total += self._loss(self.model, batch).item() * counted
             count += counted
+            self.alive()
+            if token_bytes is not None:
+                size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
         self.model.train()
-        totals, counts = self.gather(total, count)
-        return sum(totals) / sum(counts) if sum(counts) else None
+        totals, counts, sizes = self.gather(total, count, size)
+        return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None
 
     def gather(self, *values: float | torch.Tensor) -> list[list[float]]:
         """For each value the list of what the ranks gave, in rank order."""
-        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        there = [value.float() for value in values if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(there).tolist() if there else [])
+        here = [next(read) if isinstance(value, torch.Tensor) else float(value) for value in values]
+        if self.world_size == 1:
+            return [[value] for value in here]
+        row = torch.tensor(here, dtype=torch.float64)
         # As pairs of int32: every communication library sends those, and not every one fp64.
         bits = row.view(torch.int32).to(self.device)
         table = torch.empty(self.world_size * bits.numel(), dtype=torch.int32, device=self.device)
@@ -291,9 +356,10 @@ class Engine:
         """
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        with safely():
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+            )
         # The run's own weight decay and the like: DeepSpeed's ZeRO-3 gives every group those of the first.
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
@@ -324,13 +390,15 @@ def bit_sum(values: torch.Tensor) -> int:
 def make_universal(shards: Path, folder: Path) -> None:
     """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
 
-    By DeepSpeed's own converter. Raises `UserError` with its message when it fails.
+    By DeepSpeed's own converter, which reads weights only. Raises `UserError` with its message when it fails.
     """
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        sys.executable, "-m", "aquila.training.deepspeed.to_universal", "--inject_missing_state",
         "--input_folder", str(shards), "--output_folder", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == EXIT_USER_ERROR and "error: " in done.stderr:
+        raise UserError(done.stderr.rpartition("error: ")[2].strip())
     if done.returncode != 0:
         raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
     if not list(folder.glob("*mp_rank_00_model_states.pt")):

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aquila.config import EffectiveConfig
@@ -37,7 +38,7 @@ def divide_model(
     sources: list[Fill] = []
     on_first_rank(lambda: sources.append(open_source()))
     # Otherwise entered as a context in which modules are constructed.
-    divider = Init(config_dict_or_path=deepspeed_config(effective), dtype=dtype)
+    divider = Init(config_dict_or_path=deepspeed_config(effective, dist.get_world_size()), dtype=dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     # One after the other in the same place: what comes and goes would leave holes between the shares.
     place = torch.empty(max(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)

@@ -89,14 +89,17 @@ class _LeanStep:
         dist.all_reduce(total, group=self.zero.dp_process_group)
         return total.sqrt()
 
-    def _factor(self, norm: Tensor, scale: float) -> float:
-        """What the gradients are multiplied by: unscaling and clipping, as DeepSpeed rounds them."""
+    def _factor(self, norm: Tensor, scale: float) -> float | Tensor:
+        """What the gradients are multiplied by: unscaling and clipping, as DeepSpeed rounds them.
+
+        It stays on the device: nobody waits for it.
+        """
         if self.zero.clip_grad == 0.0:
             return 1.0 / scale
         clip = torch.clamp((norm / scale + 1e-6) / self.zero.clip_grad, min=1.0)
-        return (1.0 / (clip * scale)).item()
+        return 1.0 / (clip * scale)
 
-    def _step_group(self, group: int, factor: float) -> None:
+    def _step_group(self, group: int, factor: float | Tensor) -> None:
         zero = self.zero
         master = zero.single_partition_of_fp32_groups[group]
         rank = dist.get_rank(zero.real_dp_process_group[group])
@@ -104,10 +107,14 @@ class _LeanStep:
         settings = zero.optimizer.param_groups[group]
         state = _state(zero.optimizer, master)
         state["step"] += 1
-        for block, start in blocks(zero.averaged_gradients[group]):
-            part = slice(start, start + block.numel())
-            moments = state["exp_avg"][part], state["exp_avg_sq"][part], state["step"]
-            self.backend.adamw(weights.data[part], master.data[part], block, moments, settings, factor)
+        flat = weights.data, master.data, state["exp_avg"], state["exp_avg_sq"]
+
+        def parts() -> Iterator[tuple[Tensor, ...]]:
+            for gradient, start in blocks(zero.averaged_gradients[group]):
+                w, m, first, second = (x[start : start + gradient.numel()] for x in flat)
+                yield w, m, gradient, first, second
+
+        self.backend.adamw(parts(), state["step"], settings, factor)
 
     def _gather(self) -> None:
         """Every rank's part of the new weights, to every rank."""

@@ -1,6 +1,8 @@
 """One precedence rule, strict keys, and a table that says what overrode what."""
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquila.config import Device, RunConfig, load_run_config, parse_blend, parse_split
+from aquila.config.deepspeed import DeepSpeedFile
+from aquila.config.strict import parse_yaml
 from aquila.core.errors import UserError
 
 CPU = Device("cpu", ("bf16", "fp32"))
@@ -250,3 +254,124 @@ def test_a_json_s_overlap_gives_way_to_what_is_safe_on_the_device(project, words
     found = load(project, *words, device=device)
     assert (found.run.overlap_comm, found.sources["overlap_comm"]) == (overlaps, source)
     assert any("NaN" in note for note in found.notes) == (source == "safe on npu")
+
+
+WRONG = [
+    ({"fp16": {"enabled": "false"}}, "fp16.enabled: 'false' is a text"),
+    ({"fp16": {"enabled": 1}}, "fp16.enabled: must be true or false"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 10**9}}, "no loss scale"),
+    ({"fp16": {"enabled": True, "loss_scale": "8192"}}, "without quotes"),
+    ({"fp16": {"hysteresis": 1.5}}, "whole number"),
+    ({"fp16": True}, "fp16: must be a JSON object"),
+    ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params: must be a JSON object"),
+    ({"optimizer": {"type": 5}}, "optimizer.type: must be a text"),
+    ({"optimizer": {"params": {"betas": [0.9, "0.95"]}}}, "'0.95' is a text"),
+    ({"activation_checkpointing": "yes"}, "activation_checkpointing: must be a JSON object"),
+    (
+        {"zero_optimization": {"reduce_bucket_size": "5e8"}},
+        "reduce_bucket_size: '5e8' is a text",
+    ),
+    ({"zero_optimization": {"reduce_bucket_size": True}}, "must be a number"),
+    ({"zero_optimization": {"reduce_bucket_size": -1}}, "0 or more"),
+    ({"zero_optimization": {"overlap_comm": "off"}}, "write true or false without quotes"),
+    ({"zero_optimization": {"offload_optimizer": "cpu"}}, "JSON object, such as"),
+    ({"train_batch_size": [8]}, "train_batch_size"),
+    ({"train_batch_size": "16"}, "'16' is a text"),
+    ({"communication_data_type": "fp12"}, "is none of"),
+    ({"flops_profiler": {"enabled": "true"}}, "flops_profiler.enabled: 'true' is a text"),
+    ({"wall_clock_breakdown": float("inf")}, "no JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG)
+def test_a_value_of_the_json_is_what_it_looks_like(project: Path, content: dict, message: str) -> None:
+    (project / "deepspeed.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(project)
+
+
+@pytest.mark.parametrize("value", ["auto", None])
+def test_auto_and_null_leave_a_key_open(project: Path, value: str | None) -> None:
+    """As transformers writes them: every key and block at once."""
+    blocks = {
+        "fp16": ["enabled", "initial_scale_power", "hysteresis", "min_loss_scale"],
+        "bf16": ["enabled"],
+        "optimizer": ["type", "params"],
+        "zero_optimization": ["stage", "overlap_comm", "reduce_bucket_size", "offload_optimizer"],
+    }
+    content = {name: dict.fromkeys(keys, value) for name, keys in blocks.items()}
+    content |= dict.fromkeys(["train_batch_size", "gradient_clipping", "scheduler", "flops_profiler"], value)
+    content["activation_checkpointing"] = value
+    (project / "deepspeed.json").write_text(json.dumps(content))
+    effective = load(project)
+    assert effective.run.precision == "bf16"
+    assert effective.run.zero_stage == 2
+    assert effective.deepspeed == {"zero_optimization": {}}
+    assert ('"auto" leaves fp16.enabled' in effective.table()) == (value == "auto")
+
+
+@given(st.data())
+def test_any_json_value_anywhere_is_used_or_named(tmp_path_factory, data) -> None:
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    value = data.draw(
+        leaf | st.lists(leaf, max_size=2) | st.dictionaries(st.text(max_size=3), leaf, max_size=2)
+    )
+    content = json.loads(json.dumps(DEEPSPEED))
+    place = data.draw(st.sampled_from([content, *(v for v in content.values() if isinstance(v, dict))]))
+    place[data.draw(st.sampled_from(sorted(place)))] = value
+    path = tmp_path_factory.mktemp("json") / "deepspeed.json"
+    path.write_text(json.dumps(content))
+    with contextlib.suppress(UserError):
+        DeepSpeedFile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0200", 200), ("1:30", "1:30"), ("98:2", "98:2"), ("0o17", 15), ("0x10", 16), ("1_000", 1000),
+     ("1e3", 1000.0), ("-7", -7), ("1.5", 1.5), (".5", 0.5), ("190:20:30.15", "190:20:30.15"),
+     ("0b11", "0b11"), ("09", 9)],
+)  # fmt: skip
+def test_numbers_of_yaml_are_what_they_look_like(text: str, value: object) -> None:
+    assert parse_yaml(text, "x") == value
+
+
+@pytest.mark.parametrize("override", [
+    "data_prefix=[.nan, a, 1, b]", "data_prefix=[.inf, a, 1, b]", "data_prefix=[nan, a, 1, b]", "split=nan,1",
+    "data_prefix=[1e308, a, 1e308, b]", "split=90,inf", "betas=[.nan, 0.9]", "lr=.inf",
+    "train_iters=" + "9" * 5000,
+])  # fmt: skip
+def test_no_number_without_end_anywhere(project: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"not a finite number|not valid YAML") as raised:
+        load(project, override)
+    assert len(str(raised.value)) < 1000
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [
+    BOMB, "data_prefix: " + "[" * 5000, "a: &a [*a]", "? {a: 1}\n: 2", "? [a]\n: 2", "a: \0",
+    "lr: " + "1" * 5000, "train_iters: 5\r\n\x1a", "deepspeed_config: no", "deepspeed_config: [a]", "<<: 3",
+    "2024-02-30: 1", "lr: 2024-02-30", "lr: !!python/object/apply:os.system [true]", "- 1", "lr: [",
+    "batch_size: " + "x" * 10**5, "\ufeff1: 2",
+])  # fmt: skip
+def test_odd_yaml_is_a_short_message(project: Path, text: str) -> None:
+    (project / "run.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        load(project)
+    assert len(str(raised.value)) < 1000
+
+
+@given(st.text(alphabet="ab:[]{}&*-? \n0.1e\"'|>!%@,#<~", max_size=60))
+def test_any_yaml_is_read_or_named(text: str) -> None:
+    with contextlib.suppress(UserError):
+        parse_yaml(text, "x")
+
+
+def test_a_dataset_s_path_may_hold_blanks(project: Path, monkeypatch) -> None:
+    monkeypatch.chdir(project)
+    (project / "my data.idx").touch()
+    assert load(project, "data_prefix=my data").run.data_prefix == ["my data"]
+    assert load(project, "data_prefix=0.5 a 0.5 b").run.data_prefix == ["0.5", "a", "0.5", "b"]

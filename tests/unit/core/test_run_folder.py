@@ -48,7 +48,29 @@ def test_never_takes_a_new_version_with_a_number_of_its_own(tmp_path: Path, monk
     assert run_folder.choose_version(tmp_path, "never") == ("2026010110-3", False)
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/x", "-rf", "a b", "$(x)"])
+@pytest.mark.parametrize("hour", ["2026010109", "2025010109"])
+def test_names_only_grow_when_the_clock_goes_back(tmp_path: Path, monkeypatch, hour: str) -> None:
+    """An hour of another zone, or of a clock that was wrong, names no version before the newest."""
+    make_version(tmp_path, "2026010110", checkpoint=True)
+    make_version(tmp_path, "2026010110-2", checkpoint=False)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: hour)
+    assert run_folder.choose_version(tmp_path, "never") == ("2026010110-3", False)
+    make_version(tmp_path, "2026010110-3", checkpoint=True)
+    assert run_folder.choose_version(tmp_path, "auto") == ("2026010110-3", True)
+
+
+def test_the_newest_launch_is_told_by_its_number(tmp_path: Path) -> None:
+    for name, content in {"2026010110": {"launch": 2}, "2026010111": {"launch": 1}, "2026010112": []}.items():
+        make_version(tmp_path, name, checkpoint=False)
+        run_folder.write_json(tmp_path / name / run_folder.STATUS, content)
+    assert run_folder.newest_launch(tmp_path).name == "2026010110"
+    assert run_folder.launch_number(tmp_path) == 3
+    assert run_folder.newest_launch(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "a/b", "/tmp/x", "-rf", "a b", "$(x)", "../evil", "a\n", "n" * 240]
+)
 def test_an_experiment_is_a_folder_s_name(name: str) -> None:
     with pytest.raises(UserError):
         run_folder.check_experiment(name)

@@ -1,12 +1,15 @@
 """A change of the blend goes on from what is consumed of each corpus; other changes are refused."""
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aquila.core.errors import UserError
 from aquila.data.indexed import open_corpora
-from aquila.data.order import FILE, continue_order, open_order, record_order
+from aquila.data.order import FILE, _read, _segments, continue_order, open_order, order_files, order_text
 from tests.unit.data.conftest import numbered, write_dataset
 
 SEQ = 16
@@ -21,8 +24,8 @@ def corpora(tmp_path):
 def train(run_dir, data_prefix, start, stop, seq=SEQ, seed=1, split="100"):
     """What a run does from `start` to `stop` consumed samples: (corpus, sample of it) of each, and notes."""
     stream = open_corpora(data_prefix, split, seq, seed).train
-    notes = continue_order(run_dir, stream, start)
-    record_order(run_dir, stream)
+    notes = continue_order(order_files(run_dir, None), stream, start)
+    (run_dir / FILE).write_text(order_text(stream), encoding="utf-8")
     taken = [stream[k].provenance for k in range(start, stop)]
     assert [(p.corpus, p.index) for p in taken] == [stream.locate(k) for k in range(start, stop)]
     return [(p.corpus, p.index) for p in taken], notes
@@ -108,3 +111,55 @@ def test_no_run_and_damaged_file(tmp_path, corpora):
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match="damaged"):
         open_order(tmp_path)
+
+
+DAMAGE = ["", "{", "[]", "null", '{"segments": []}', "\udcff", '{"split": "100"', "[" * 100000, "1" * 5000]
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_torn_record_bars_no_resume(tmp_path, corpora, content):
+    train(tmp_path, [corpora[0]], 0, 10)
+    (tmp_path / FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
+    taken, notes = train(tmp_path, [corpora[0]], 10, 20)
+    assert len(notes) == 2
+    assert "is not used" in notes[0]
+    assert "10 consumed samples" in notes[1]
+    assert [index for _, index in taken] == list(range(10, 20))
+    assert train(tmp_path, [corpora[0]], 20, 30)[1] == []  # it is whole again
+
+
+def test_a_checkpoint_s_own_record_counts(tmp_path, corpora):
+    """Also in another run's folder; then that of the run that wrote it; and only then this run's."""
+    a, b, _ = corpora
+    first, other, copy = tmp_path / "first", tmp_path / "other", tmp_path / "copy"
+    checkpoint = first / "checkpoints" / "step-00000010"
+    for folder in (checkpoint, other, copy):
+        folder.mkdir(parents=True)
+    train(first, [3, a, 1, b], 0, 100)
+    for place in (checkpoint, copy):
+        (place / FILE).write_bytes((first / FILE).read_bytes())
+    (copy / FILE).write_text("")
+    for files in (order_files(other, checkpoint), order_files(copy, checkpoint)):
+        stream = open_corpora([1, a, 1, b], "100", SEQ, 1).train
+        assert "changes at sample 100" in continue_order(files, stream, 100)[0]
+        with pytest.raises(UserError, match="begun with seed"):
+            continue_order(files, open_corpora([1, a, 1, b], "100", SEQ, 7).train, 100)
+    (checkpoint / FILE).unlink()
+    assert "changes at" in continue_order(order_files(other, checkpoint), stream, 100)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(st.none() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x, max_size=3)),
+    st.data(),
+)
+def test_any_value_anywhere_is_damage_or_fine(tmp_path_factory, value, data):
+    """A value of any type in the place of any other: a message, never anything else."""
+    path = tmp_path_factory.mktemp("order") / FILE
+    segment = {"start": 0, "weights": {"a": 1.0}, "consumed": {}}
+    whole = {"split": "1", "seq_length": 8, "seed": 1, "samples_per_epoch": {"a": 3}, "segments": [segment]}
+    place = data.draw(st.sampled_from([whole, segment]))
+    place[data.draw(st.sampled_from(sorted(place)))] = value
+    path.write_text(json.dumps(whole))
+    with contextlib.suppress(UserError):
+        _segments(path, _read(path))

@@ -78,3 +78,9 @@ def test_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
 def test_values_outside_their_range_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad)).replace("_", "-")):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30, 1e-7])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert draw(logits, Sampling(temperature=temperature, top_k=0), None) == 1

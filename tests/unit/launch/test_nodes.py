@@ -60,7 +60,7 @@ def test_interfaces_are_set_only_where_the_user_has_not(monkeypatch: pytest.Monk
     assert chosen == {
         "GLOO_SOCKET_IFNAME": "eth7",
         "TP_SOCKET_IFNAME": "eth7",
-        "HCCL_SOCKET_IFNAME": "eth7",
+        "HCCL_SOCKET_IFNAME": "=eth7",
     }
     assert nodes.interface_settings("10.0.0.1", single_node=True) == {"GLOO_SOCKET_IFNAME": "lo"}
 

@@ -304,3 +304,18 @@ def test_loading_peaks_at_little_more_than_the_weights(tmp_path, small_config, r
     peak, weights = json.loads(done.stdout)
     assert weights > 200e6
     assert peak < 1.1 * weights + 160e6
+
+
+@pytest.mark.parametrize("header", [
+    b"[]", b"7", b"null", b"[" * 90000,
+    b'{"a": 1}', b'{"a": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', b'{"a": ' + b"1" * 5000 + b"}",
+    b'{"a": {"dtype": "F32", "shape": 5, "data_offsets": [0, 4]}}', b"\xff", b'{"a": {"dtype": "F32"}}',
+])  # fmt: skip
+def test_odd_safetensors_headers_are_messages(tmp_path, header):
+    from aquila.model.files import SafetensorsReader
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        SafetensorsReader(path)

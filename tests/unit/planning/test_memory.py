@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from aquila.backend import cpu, cuda, npu
 from aquila.config import ModelConfig
 from aquila.model import AquilaModel, loss
 from aquila.planning import memory
@@ -75,7 +76,9 @@ def test_the_triangle_keeps_its_probabilities() -> None:
 
 
 def test_the_loss_chunk_is_the_model_s() -> None:
-    assert memory.CHUNK_BYTES.items() <= loss.CHUNK_BYTES.items()
+    assert memory.LOGITS_BYTES.items() <= cpu.LOGITS_BYTES.items()
+    assert memory.LOGITS_BYTES.items() <= npu.LOGITS_BYTES.items()
+    assert set(cuda.LOGITS_BYTES.values()) == {memory.LARGEST_LOGITS_BYTES}
     assert memory.MAX_ROUNDINGS == loss.MAX_ROUNDINGS
 
 

@@ -72,6 +72,28 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     assert records[-1]["loss"] == 1.0
 
 
+ODD = [
+    b"[]",
+    b"7",
+    b"null",
+    b'"text"',
+    b"{}",
+    b'{"step": "3"}',
+    b"\xff\xfe",
+    b"[" * 100000,
+    b"1" * 5000,
+    b"\0" * 50,
+]
+
+
+def test_odd_lines_bar_no_resume(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(b'{"step": %d}\n%s\n' % (i, line) for i, line in enumerate(ODD)))
+    forget_after(path, 4)
+    assert path.read_text() == "".join(f'{{"step": {i}}}\n' for i in range(5))
+    assert f"{len(ODD)} line(s) are no records" in capsys.readouterr().out
+
+
 def test_forget_after_leaves_a_whole_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')

@@ -1,7 +1,9 @@
 """Who stands still, and who merely waits."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from traceback import FrameSummary
 
@@ -40,6 +42,21 @@ def test_waiting_is_told_from_standing_still(place: tuple[str, str], waits: bool
     file, name = place
     stack = [FrameSummary("/home/aquila/training/trainer.py", 1, "run"), FrameSummary(file, 2, name)]
     assert waits_for_others(stack) is waits
+
+
+def test_a_machine_that_was_frozen_is_no_fault(tmp_path: Path, root: Path) -> None:
+    """Stopped for twice the timeout as a whole, then going on: no verdict on what it could not do."""
+    code = ALONE.replace("for _ in range(8):", "print('go', flush=True)\nfor _ in range(8):")
+    code = code.replace("time.sleep(3600)", "time.sleep(0.5)\nwatchdog.close()")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "go\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, rest
+    assert rest == "alive\n"
 
 
 def test_one_that_is_alive_is_left_alone_and_one_that_is_not_is_ended(tmp_path: Path, root: Path) -> None:

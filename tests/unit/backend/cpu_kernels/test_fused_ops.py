@@ -166,8 +166,8 @@ def test_a_step_in_pieces_is_torchs_adamw_over_master_weights(way, dtype, rate, 
         optimizer.step()
         step += 1
         for part in (slice(0, 4096), slice(4096, None)):
-            moments = first[part], second[part], step
-            way.adamw(weights.view(-1)[part], master[part], gradient[part], moments, settings, factor)
+            block = weights.view(-1)[part], master[part], gradient[part], first[part], second[part]
+            way.adamw([block], step, settings, factor)
         assert torch.equal(gradient, kept)
     assert torch.equal(master, expected.detach())
     assert torch.equal(weights.view(-1), expected.detach().to(dtype))

@@ -1,0 +1,71 @@
+"""What the GPU compiles, checked on CPU tensors: the loss, AdamW, the norm; and how little a step waits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aquila.backend import cuda, reference
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_loss_without_a_scatter_is_the_definition(z_loss: float, gradient: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 333, generator=g, dtype=torch.float32) * 5
+    labels, scale = torch.randint(333, (40,), generator=g), torch.rand(40, generator=g)
+    theirs, ours = logits.clone(), logits.clone()
+    wanted = reference.cross_entropy_(theirs, labels, scale, z_loss, gradient)
+    assert torch.equal(cuda.loss_(ours, labels, scale, z_loss, gradient), wanted)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adamw_as_it_is_compiled(dtype: torch.dtype) -> None:
+    """Two groups with a decay of their own, changing gradients, the factor on the device."""
+    g = torch.Generator().manual_seed(1)
+    first = torch.randn(1000, generator=g)
+    for decay in (0.1, 0.0):
+        settings = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
+        states = [[first.to(dtype), first.clone(), *torch.zeros(2, 1000), torch.zeros(())] for _ in "ab"]
+        for _ in range(5):
+            gradient = (torch.randn(1000, generator=g) * 0.1).to(dtype)
+            for backend, (weights, master, m, v, step) in zip((cuda, reference), states, strict=True):
+                step += 1
+                parts = [slice(0, 600), slice(600, None)]
+                blocks = [(weights[p], master[p], gradient[p], m[p], v[p]) for p in parts]
+                backend.adamw(blocks, step, settings, torch.tensor(0.7))
+        for ours, theirs in zip(*states, strict=True):
+            narrow = ours.dtype == torch.bfloat16  # another rounding may be the next number
+            torch.testing.assert_close(ours, theirs, rtol=1e-2 if narrow else 1e-5, atol=1e-7)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads from tensors: on a device each waits for all that was queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_adamw_reads_nothing_from_the_device() -> None:
+    block = [torch.zeros(64) for _ in range(5)]
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    with Reads() as reads:
+        cuda.adamw([tuple(block)], torch.ones(()), settings, torch.tensor(0.5))
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312),
+    ],
+)  # fmt: skip
+def test_peaks_by_the_whole_name(name: str, peak: float) -> None:
+    assert cuda.peak_flops_of(name, torch.bfloat16) == peak * 1e12
