@@ -31,12 +31,14 @@ from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
 from aquila.data.order import FILE, continue_order, order_files, order_text
 from aquila.model import AquilaModel
-from aquila.model.weights import load_weights
+from aquila.model.weights import load_weights, open_weights
 from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import parameter_groups
-from aquila.training.deepspeed.engine import Engine, on_first_rank, processes
+from aquila.training.deepspeed.engine import Engine, processes
+from aquila.training.deepspeed.ranks import on_first_rank
+from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH
 from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
@@ -178,29 +180,35 @@ def prepare(run_dir: Path, effective: EffectiveConfig) -> None:
 def build_model(
     effective: EffectiveConfig, backend: ModuleType, device: torch.device, resume: Path | None
 ) -> AquilaModel:
-    """The model with its first weights: of the checkpoint to resume, of the model folder, or random."""
+    """The model with its first weights: of the checkpoint to resume, of the model folder, or random.
+
+    Under ZeRO-3 each rank holds its share alone.
+    """
     run = effective.run
     config = effective.model
     if run.ckpoint_layer is not None:
         config = config.model_copy(
             update={"checkpoint_activations": run.ckpoint_layer != 0, "ckpoint_layer": run.ckpoint_layer}
         )
-    model = AquilaModel(
-        config,
-        attention=run.attention,
-        recompute=run.recompute,
-        z_loss=run.z_loss,
-        device=device,
-        dtype=PRECISIONS[run.precision],
-        seed=None if resume is not None or run.bmt_pre_load else run.seed,
-    )
-    if resume is not None:
-        load_weights(model, resume)
-    elif run.bmt_pre_load:
-        load_weights(model, effective.model_dir)
+    folder = resume or (effective.model_dir if run.bmt_pre_load else None)
+    options = {"attention": run.attention, "recompute": run.recompute, "z_loss": run.z_loss}
+    dtype = PRECISIONS[run.precision]
+    if run.zero_stage == 3:
+        model = AquilaModel(config, **options, device="meta", dtype=dtype)
+
+        def source() -> Fill:
+            return open_weights(model, folder).read if folder else model.first_weights(run.seed)
+
+        divide_model(model, source, effective, dtype, device)
+    else:
+        seed = None if folder else run.seed
+        model = AquilaModel(config, **options, device=device, dtype=dtype, seed=seed)
+        if folder is not None:
+            load_weights(model, folder)
     if run.fp8:
         model.convert_to_fp8(run.fp8)
-    if run.compile if run.compile is not None else backend.COMPILE_BLOCKS:
+    compiles = backend.COMPILE_BLOCKS and run.zero_stage < 3  # ZeRO-3 gathers each module's weights in hooks
+    if run.compile if run.compile is not None else compiles:
         model.compile_blocks()
     return model
 

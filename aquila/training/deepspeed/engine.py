@@ -13,26 +13,30 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
 from aquila.core.errors import EXIT_USER_ERROR, UserError
-from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
+from aquila.model.files import TensorInfo
+from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker, to_host
 from aquila.training.deepspeed.config import deepspeed_config
 from aquila.training.deepspeed.safe_load import safely
+from aquila.training.deepspeed.sharded_model import (
+    own_weights,
+    share_is_altered,
+    weight_infos,
+    whole_parameters,
+)
 from aquila.training.deepspeed.zero_step import make_lean
 from aquila.training.nonfinite import GradientCheck
 
-Result = TypeVar("Result")
-_TELL_SECONDS = 1.0
 SHARDS = "deepspeed"
 """Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
 
@@ -115,36 +119,6 @@ def processes(communication: str, device: torch.device, timeout: float = 1800) -
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def on_first_rank(function: Callable[[], Result], alive: Callable[[], None] = lambda: None) -> Result:
-    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank.
-
-    It may take longer than the group's timeout: rank 0 tells the others every second that it goes on, and
-    each calls `alive`.
-    """
-    first = dist.get_rank() == 0
-    with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
-        work = pool.submit(function) if first else None
-        while True:
-            outcome: list[Any] = [False, None, None]
-            if work is not None and wait([work], timeout=_TELL_SECONDS).done:
-                outcome = [True, *_result(work)]
-            dist.broadcast_object_list(outcome, src=0)
-            done, result, problem = outcome
-            if done:
-                break
-            alive()
-    if problem is not None:
-        raise UserError(problem)
-    return result
-
-
-def _result(work: Future) -> tuple[Any, str | None]:
-    try:
-        return work.result(), None
-    except UserError as error:
-        return None, str(error)
 
 
 def _free_port() -> int:
@@ -342,18 +316,22 @@ class Engine:
         return table.cpu().view(torch.float64).view(self.world_size, len(values)).t().tolist()
 
     def diverged_ranks(self) -> list[int]:
-        """Ranks whose weights are not, bit for bit, the majority's; none under ZeRO-3, which divides them."""
+        """Ranks whose weights are not, bit for bit, the majority's. All ranks together.
+
+        Under ZeRO-3 also those whose share is not what their master weights round to.
+        """
+        parameters, altered = self.model.named_parameters(), False
         if self._stage == 3:
-            return []
-        integer = {2: torch.int16, 4: torch.int32}
-        sums = [
-            p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64) for p in self.model.parameters()
-        ]
+            parameters, altered = whole_parameters(self.model), share_is_altered(self._engine.optimizer)
         # Weighted by place, so that two changes do not cancel; wraps around like any checksum.
-        weighted = sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % (1 << 52)
-        (checksums,) = self.gather(float(weighted))
+        sums = (bit_sum(p) * (2 * i + 1) for i, (_, p) in enumerate(parameters))
+        checksums, altered_ranks = self.gather(float(sum(sums) % (1 << 52)), altered)
         common = max(set(checksums), key=checksums.count)
-        return [rank for rank, checksum in enumerate(checksums) if checksum != common]
+        return [
+            rank
+            for rank, (checksum, altered) in enumerate(zip(checksums, altered_ranks, strict=True))
+            if checksum != common or altered
+        ]
 
     def snapshot_shards(self, folder: Path) -> list[Snapshot]:
         """This rank's share of master weights and optimizer state, as copies in host memory to be written
@@ -392,11 +370,21 @@ class Engine:
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights in the training dtype; with ZeRO-3 on rank 0 alone, elsewhere nothing."""
-        if self._stage < 3:
-            return dict(self.model.state_dict())
-        return self._engine._zero3_consolidated_16bit_state_dict() or {}
+    def weights(self) -> tuple[dict[str, torch.Tensor], list[dict[str, TensorInfo]]]:
+        """This rank's part of all weights, as copies in host memory, and what each rank's part holds.
+
+        Under ZeRO-3 about the same for every rank; else rank 0 has them all. All ranks together.
+        """
+        if self._stage == 3:
+            return own_weights(self.model, dist.get_rank(), self.world_size)
+        weights = dict(self.model.named_parameters()) if dist.get_rank() == 0 else {}
+        return to_host(weights), [weight_infos(self.model)]
+
+
+def bit_sum(values: torch.Tensor) -> int:
+    """The sum of a tensor's numbers read as integers."""
+    integer = {2: torch.int16, 4: torch.int32}[values.element_size()]
+    return int(values.detach().view(integer).sum(dtype=torch.int64))
 
 
 def make_universal(shards: Path, folder: Path) -> None:
