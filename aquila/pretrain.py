@@ -129,7 +129,9 @@ def train(
         record_start(run_dir, effective, state, folder, world_size)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
-        say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
+        say(
+            "\n".join([describe(effective, backend, schedule, corpora, world_size), engine.zero_step, *lines])
+        )
         say(f"resumes at step {state.step} from {folder}" if folder else "starts at step 0")
         log = open_log(effective, backend, schedule, corpora, run_dir, world_size, state.step)
         closing.callback(log.close)

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from aquila.config import EffectiveConfig
 from aquila.core.errors import EXIT_USER_ERROR, UserError
 from aquila.model.files import TensorInfo
-from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker, to_host
+from aquila.training.deepspeed.checkpoint_engine import InMemoryCheckpointEngine, Snapshot, to_host
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.patches import why_not_blockwise
 from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.sharded_model import (
     own_weights,
@@ -34,7 +35,7 @@ from aquila.training.deepspeed.sharded_model import (
     weight_infos,
     whole_parameters,
 )
-from aquila.training.deepspeed.zero_step import make_lean
+from aquila.training.deepspeed.zero_step import step_in_use, use_blockwise_step, why_not
 from aquila.training.nonfinite import GradientCheck
 
 SHARDS = "deepspeed"
@@ -179,13 +180,41 @@ class Engine:
         self.alive: Callable[[], None] = lambda: None
         """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
-        seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
+        seen, self.zero_step = self._choose_step(effective)
         if world_size > 1 and not seen:
             self._gradients.watch(model.parameters())
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
         if hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
+
+    def _choose_step(self, effective: EffectiveConfig) -> tuple[bool, str]:
+        """Whether the gradient check sees gradients by itself, and a line on whose optimizer step runs."""
+        import deepspeed
+
+        asked, zero = effective.run.zero_step, self._engine.optimizer
+        reason = "asked for" if asked == "deepspeed" else why_not_blockwise(deepspeed.__version__)
+        if reason is None:
+            reason = "ZeRO-3" if self._stage == 3 else why_not(zero)
+        if reason is not None and asked == "blockwise":
+            raise UserError(f"zero_step blockwise is not possible: {reason}; leave it at auto")
+        seen = use_blockwise_step(zero, self._gradients) if reason is None else False
+        words = f"optimizer step: {'deepspeed' if self._stage == 3 else step_in_use(zero)}"
+        if reason is not None and asked != "deepspeed":
+            words += f" ({reason})"
+        if ignored := self._ignored(effective, seen):
+            words += f"; not used by it: {', '.join(ignored)}"
+        return seen, words
+
+    def _ignored(self, effective: EffectiveConfig, exchanged: bool) -> list[str]:
+        """Keys of zero_optimization that the user gave and the chosen step does not look at."""
+        given = effective.deepspeed.get("zero_optimization", {})
+        if self._stage == 3 or step_in_use(self._engine.optimizer) != "blockwise":
+            return []
+        unused = {"allgather_bucket_size", "allgather_partitions"}
+        if exchanged or self.world_size == 1:
+            unused |= {"reduce_bucket_size", "overlap_comm", "reduce_scatter"}
+        return sorted(unused & given.keys())
 
     @property
     def loss_scale(self) -> float:
@@ -338,7 +367,7 @@ class Engine:
         below `folder`/deepspeed. All ranks together."""
         taken: list[Snapshot] = []
         writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
-        self._engine.checkpoint_engine = Taker(taken)
+        self._engine.checkpoint_engine = InMemoryCheckpointEngine(taken)
         # The weights are saved beside, as a model folder that any tool reads; not a second time here.
         self._engine.module_state_dict = lambda **options: {}
         self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder

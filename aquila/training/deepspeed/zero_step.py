@@ -24,18 +24,28 @@ LARGE_BLOCK = 1 << 26
 """On other devices: few launches, little memory."""
 
 
-def make_lean(zero: Any, check: GradientCheck) -> bool:
+def step_in_use(zero: Any) -> str:
+    """blockwise, or deepspeed: whose step the optimizer takes."""
+    return "blockwise" if isinstance(getattr(zero.step, "__self__", None), BlockwiseStep) else "deepspeed"
+
+
+def why_not(zero: Any) -> str | None:
+    """Why DeepSpeed's ZeRO-1/2 optimizer must keep its own step, or None where it need not."""
+    if zero.cpu_offload:
+        return "the optimizer is offloaded"
+    if not (isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")):
+        return "the optimizer is not torch's fused AdamW"
+    plain = zero.check_grad_overflow and zero.compute_grad_norm and not zero.has_moe_layers
+    return None if plain and not zero.zenflow else "of what deepspeed.json asks for"
+
+
+def use_blockwise_step(zero: Any, check: GradientCheck) -> bool:
     """Gives DeepSpeed's ZeRO-1/2 optimizer the step of this file; returns whether `check` sees gradients.
 
-    It keeps its own step with offloading, and with any optimizer but torch's fused AdamW. On CPUs the ranks'
-    gradients are averaged by `Exchange`, which looks at them, too.
+    Only where `why_not` has no reason against it. On CPUs the ranks' gradients are averaged by `Exchange`,
+    which looks at them, too.
     """
-    torch_adamw = isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")
-    plain = zero.check_grad_overflow and zero.compute_grad_norm and not zero.has_moe_layers
-    if zero.cpu_offload or zero.zenflow or not (torch_adamw and plain):
-        return False
-    lean = _LeanStep(zero, zero.step)
-    zero.step = lean.step
+    zero.step = BlockwiseStep(zero, zero.step).step
     groups = range(len(zero.bit16_groups))
     kept_as_they_are = not (
         zero.use_grad_accum_attribute or any(map(zero._use_compact_grad_partition_buffer, groups))
@@ -49,7 +59,7 @@ def make_lean(zero: Any, check: GradientCheck) -> bool:
     return not alone
 
 
-class _LeanStep:
+class BlockwiseStep:
     """Norm, clipping and AdamW over the averaged gradients that a ZeRO optimizer holds."""
 
     def __init__(self, zero: Any, original_step: Any) -> None:
