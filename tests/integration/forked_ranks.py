@@ -92,6 +92,8 @@ def run(job: dict) -> list[int]:
             code = 1
             try:
                 code = run_rank(job, rank, port)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -1,7 +1,10 @@
 """Everything that is changed or read in DeepSpeed beyond its public interface, in one table.
 
 A release of DeepSpeed that the table was not checked against keeps its own optimizer step
-(`why_not_blockwise`); the other entries are scoped to one call and have tests that would fail loudly.
+(`why_not_blockwise`); the other entries are scoped to one call, and fail loudly when a name is gone.
+
+Frozen: nothing. Free: everything, with a new look at the sources of each release that joins `CHECKED`.
+Guarded by: tests/unit/training/deepspeed/test_patches.py.
 """
 
 from typing import NamedTuple
@@ -9,15 +12,13 @@ from typing import NamedTuple
 CHECKED = ("0.19.8",)
 """Releases whose source the table was compared with."""
 
-_OPTIMIZER = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
-_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
-
 
 class Patch(NamedTuple):
     """One thing of DeepSpeed that is replaced, called or read though it is not public.
 
-    where: module:class.attribute. source: the first 12 digits of the SHA-256 of its source in the checked
-    releases, by `inspect.getsource`. why: what is gained. guard: the test that fails when it no longer holds.
+    where: its name in the class. source: the first 12 digits of the SHA-256 of its source in the checked
+    releases, by `inspect.getsource`. why: what is done with it, and for what. guard: the test that fails
+    when it no longer holds.
     """
 
     where: str
@@ -26,39 +27,54 @@ class Patch(NamedTuple):
     guard: str
 
 
-_BLOCKWISE = "tests/integration/test_zero_step.py"
-PATCHES = (
-    Patch(f"{_OPTIMIZER}.step", "9520884fd916", "replaced by zero_step.py: one pass over memory instead of five", _BLOCKWISE),
-    Patch(f"{_OPTIMIZER}.process_gradients", "a05fe9cac73c", "replaced: gradients stay where autograd made them", _BLOCKWISE),
-    Patch(
-        f"{_OPTIMIZER}.reduce_ready_partitions_and_remove_grads", "46ef5f92c1b8", "replaced, for the same reason", _BLOCKWISE
+_STEP = "tests/integration/test_zero_step.py"
+_TRAINING = "tests/integration/test_training.py"
+_HOSTILE = "tests/integration/test_hostile_checkpoint.py"
+PATCHES = {
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
+        Patch(
+            "step", "9520884fd916", "replaced by zero_step.py: one pass over memory instead of five", _STEP
+        ),
+        Patch(
+            "process_gradients", "a05fe9cac73c", "replaced: gradients stay where autograd made them", _STEP
+        ),
+        Patch("reduce_ready_partitions_and_remove_grads", "46ef5f92c1b8", "replaced, for the same", _STEP),
+        Patch("reduce_ipg_grads", "a41525b603f1", "replaced by gradient_exchange.py on CPUs", _STEP),
+        Patch(
+            "_use_compact_grad_partition_buffer", "b4b53eb20083", "asked: are gradients kept whole?", _STEP
+        ),
+        Patch("_update_scale", "456ef78f7cba", "called: the loss scale moves as in DeepSpeed's step", _STEP),
+        Patch("_release_preflattened_grad_buffers", "329a5065e5ee", "called at the end of the step", _STEP),
+        Patch("_lazy_init_hp_params_optimizer_state", "45e666d78112", "called at the end of the step", _STEP),
     ),
-    Patch(f"{_OPTIMIZER}.reduce_ipg_grads", "a41525b603f1", "replaced by gradient_exchange.py on CPUs", _BLOCKWISE),
-    Patch(f"{_OPTIMIZER}._use_compact_grad_partition_buffer", "b4b53eb20083", "asked: are gradients kept whole?", _BLOCKWISE),
-    Patch(f"{_OPTIMIZER}._update_scale", "456ef78f7cba", "called: the loss scale moves as in DeepSpeed's step", _BLOCKWISE),
-    Patch(f"{_OPTIMIZER}._release_preflattened_grad_buffers", "329a5065e5ee", "called at the step's end", _BLOCKWISE),
-    Patch(f"{_OPTIMIZER}._lazy_init_hp_params_optimizer_state", "45e666d78112", "called at the step's end", _BLOCKWISE),
-    Patch(
-        f"{_ENGINE}._do_optimizer_sanity_check", "fd92e39132a6",
-        "replaced while the engine is built: ZeRO-1 in bf16 would be a class without skipped steps",
-        "tests/integration/test_training.py",
+    "deepspeed.runtime.engine:DeepSpeedEngine": (
+        Patch(
+            "_do_optimizer_sanity_check",
+            "fd92e39132a6",
+            "replaced while the engine is built: ZeRO-1 in bf16 would not skip steps",
+            _TRAINING,
+        ),
+        Patch(
+            "_copy_recovery_script",
+            "4bfd767dbf04",
+            "silenced while a checkpoint is taken: the script is for folders without a model",
+            _TRAINING,
+        ),
+        Patch(
+            "module_state_dict",
+            "821457b7b444",
+            "emptied while a checkpoint is taken: weights are saved beside, as a model folder",
+            _TRAINING,
+        ),
+        Patch(
+            "load_checkpoint",
+            "5728d3dfa42a",
+            "called with a torch.load that reads data alone (safe_load.py)",
+            _HOSTILE,
+        ),
     ),
-    Patch(
-        f"{_ENGINE}._copy_recovery_script", "4bfd767dbf04",
-        "silenced while a checkpoint is taken: the script is for folders without a model",
-        "tests/integration/test_training.py",
-    ),
-    Patch(
-        f"{_ENGINE}.module_state_dict", "821457b7b444",
-        "emptied while a checkpoint is taken: the weights are saved beside, as a model folder",
-        "tests/integration/test_training.py",
-    ),
-    Patch(
-        f"{_ENGINE}.load_checkpoint", "5728d3dfa42a",
-        "called with a torch.load that reads data alone (safe_load.py)",
-        "tests/integration/test_hostile_checkpoint.py",
-    ),
-)  # fmt: skip
+}
+"""By module:class."""
 
 
 def why_not_blockwise(release: str) -> str | None:

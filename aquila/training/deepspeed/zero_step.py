@@ -3,8 +3,16 @@
 DeepSpeed joins a rank's gradients into one tensor, casts it to fp32, scales it, steps and casts the weights
 back: each a pass over memory, and 4 bytes a parameter more at the fullest moment. Here a block after the
 other goes through all of that while it is in the cache. Norm and overflow are one pass, in which the norm
-shows the overflow; DeepSpeed makes three, one of them over an fp64 copy. Same arithmetic, same order: the
-weights are, bit for bit, those of DeepSpeed's own step with the same norm. A world of one reduces nothing.
+shows the overflow; DeepSpeed makes three, one of them over an fp64 copy. A world of one reduces nothing.
+
+Same arithmetic, same order: the weights are, bit for bit, those of DeepSpeed's own step, with three
+exceptions. Where gradients are clipped, the norm's last digits enter, and ours is summed in another order.
+In fp16, on a step that raises the loss scale, DeepSpeed divides by the raised scale, which halves the
+gradient; here gradients are divided by the scale that the loss was multiplied by. And on CPUs the mean over
+ranks is rounded once (`gradient_exchange.py`), not once for each rank.
+
+Frozen: the order of operations on each element. Free: blocks and everything around them.
+Guarded by: tests/integration/test_zero_step.py.
 """
 
 from collections.abc import Iterator
@@ -35,8 +43,10 @@ def why_not(zero: Any) -> str | None:
         return "the optimizer is offloaded"
     if not (isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")):
         return "the optimizer is not torch's fused AdamW"
-    plain = zero.check_grad_overflow and zero.compute_grad_norm and not zero.has_moe_layers
-    return None if plain and not zero.zenflow else "of what deepspeed.json asks for"
+    # In fp32 DeepSpeed looks at the norm alone, which shows an overflow as well.
+    checked = zero.check_grad_overflow or zero.dtype != torch.bfloat16
+    plain = checked and zero.compute_grad_norm and not zero.has_moe_layers and not zero.zenflow
+    return None if plain else "deepspeed.json asks for what it cannot do"
 
 
 def use_blockwise_step(zero: Any, check: GradientCheck) -> bool:
