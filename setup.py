@@ -34,7 +34,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["aquila", "aquila.*", "data_tools"]),
     py_modules=["generate"],
-    package_data={"aquila": ["py.typed"], "aquila.backend": ["**/*.cpp", "**/*.h"]},
+    package_data={
+        "aquila": ["py.typed"],
+        "aquila.backend": ["**/*.cpp", "**/*.h"],
+        "aquila.launch": ["npu_pairs.txt"],
+    },
     install_requires=requirements("torch") + requirements("core"),
     extras_require={name: requirements(name) for name in ("extras", "dev", "npu")},
 )

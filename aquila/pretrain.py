@@ -22,7 +22,7 @@ import torch
 
 from aquila.backend import detect, fp8, get_backend
 from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, parse_blend
-from aquila.config.run import as_blend
+from aquila.config.run import as_blend, profiled_steps
 from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
 from aquila.core.run_folder import check_experiment
@@ -45,6 +45,7 @@ from aquila.training.export import Exporter
 from aquila.training.lock import lock_run
 from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
 from aquila.training.metrics import RunLog
+from aquila.training.profiler import Profiler
 from aquila.training.resume import Resumption, find_resume, same_samples_per_step
 from aquila.training.schedule import Schedule, make_schedule
 from aquila.training.signals import Requests
@@ -141,6 +142,11 @@ def train(
         corpora.train, state.consumed_samples, *shares, document_mask=run.document_mask, device=device
     )
     closing.callback(batches.close)
+    profiler = None
+    if run.profile is not None:
+        tell = say if rank == 0 else lambda text: None
+        profiler = Profiler(profiled_steps(run.profile), run_dir / "profile", rank, backend, tell)
+        closing.callback(lambda: profiler.close(state.step))
     return Trainer(
         config=run,
         engine=engine,
@@ -157,6 +163,7 @@ def train(
         log=log,
         state=state,
         seq_length=effective.seq_length,
+        profiler=profiler,
     ).run()
 
 

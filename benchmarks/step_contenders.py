@@ -2,7 +2,7 @@
 
     python benchmarks/step_contenders.py NAME CONFIG.json    (started by train_step.py)
 
-Reads lines from its input: "step N" trains N steps, "profile" prints the longest operations of one, "end"
+Reads lines from its input: "step N" trains N steps, "profile" prints the longest operations of some, "end"
 ends. Answers are lines of "@" and JSON. All get
 the same tokens, and the same first weights, drawn parameter by parameter on the device.
 """
@@ -29,6 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 from aquila.backend import get_backend  # noqa: E402
 from aquila.config import Device, ModelConfig, load_run_config  # noqa: E402
 from aquila.model import AquilaModel, hf  # noqa: E402
+from aquila.training import profiler  # noqa: E402
 from aquila.training.deepspeed.config import parameter_groups  # noqa: E402
 from aquila.training.deepspeed.zero_step import blocks  # noqa: E402
 
@@ -360,12 +361,11 @@ def answer(facts: dict) -> None:
 
 
 def profile_of(step: Callable[[], float]) -> str:
-    """The operations of one step that took longest, by the device's own clock where there is a device."""
+    """The longest kernels, operations and pauses of a step, the mean of three."""
     with torch.profiler.profile() as found:
-        step()
-    on_device = torch.accelerator.is_available()
-    order = "self_device_time_total" if on_device else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+        for _ in range(3):
+            step()
+    return profiler.report(profiler.kernels_of(found.events()), 3) + profiler.table(found)
 
 
 def main() -> None:

@@ -55,7 +55,10 @@ def main() -> int:
         allow_special=arguments.allow_special_tokens,
     )
     try:
-        outcome = make_datasets(request, load_tokenizer(arguments.model_dir))
+        tokenizer = load_tokenizer(arguments.model_dir)
+        if not tokenizer.is_fast:
+            print(f"encoding by {tokenizer.engine}", file=sys.stderr)
+        outcome = make_datasets(request, tokenizer)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the finished parts", file=sys.stderr)
         return EXIT_STOPPED

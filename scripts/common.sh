@@ -104,7 +104,7 @@ cann_version() {
     printf '%s' "$found"
 }
 
-# npu_pair TORCH CANN: the vendor's newest "torch torch_npu" for both (requirements/npu_pairs.txt), else for
+# npu_pair TORCH CANN: the vendor's newest "torch torch_npu" for both (aquila/launch/npu_pairs.txt), else for
 # that torch alone. Either may be empty; both empty: the newest of all. Nothing when there is none.
 npu_pair() {
     awk -v torch="$1" -v cann="$2" '
@@ -113,7 +113,7 @@ npu_pair() {
         { any = any == "" ? $1 " " $2 : any }
         cann == "" || release($3) == release(cann) { print $1, $2; found = 1; exit }
         END { if (!found && torch != "" && any != "") print any }
-    ' "$PROJECT/requirements/npu_pairs.txt"
+    ' "$PROJECT/aquila/launch/npu_pairs.txt"
 }
 
 # torch_npu_for PYTHON: what pip is to install as torch_npu beside the torch that this Python has; nothing
@@ -129,8 +129,8 @@ for name in ("torch", "torch_npu"):
     torch="${versions%%$'\n'*}"
     if [ "$torch" != "$versions" ] && [ -n "${versions#*$'\n'}" ]; then return; fi
     pair="$(npu_pair "$torch" "$(cann_version)")"
-    [ -n "$pair" ] || fail "requirements/npu_pairs.txt has no torch_npu for torch $torch; install the vendor's for it, and this script keeps it, or take one of: $(npu_torches)"
+    [ -n "$pair" ] || fail "aquila/launch/npu_pairs.txt has no torch_npu for torch $torch; install the vendor's for it, and this script keeps it, or take one of: $(npu_torches)"
     printf 'torch_npu==%s' "${pair#* }"
 }
 
-npu_torches() { awk '!/^#/ && NF { print $1 }' "$PROJECT/requirements/npu_pairs.txt" | sort -Vru | paste -sd' ' -; }
+npu_torches() { awk '!/^#/ && NF { print $1 }' "$PROJECT/aquila/launch/npu_pairs.txt" | sort -Vru | paste -sd' ' -; }

@@ -31,12 +31,12 @@ main() {
     [ -n "$device" ] || device="$(machine_device)"
 
     local lists=(torch build core) list
-    if [ "$device" = npu ]; then lists+=(npu_pairs); fi
     if [ "$dev" = 1 ]; then lists+=(extras dev); fi
     local wanted=""
     for list in "${lists[@]}"; do
         wanted+="$device $list $(cksum <"$LISTS/$list.txt")"$'\n'
     done
+    if [ "$device" = npu ]; then wanted+="npu pairs $(cksum <"$PROJECT/aquila/launch/npu_pairs.txt")"$'\n'; fi
     if installed "$wanted"; then
         echo "$VENV is up to date ($device)"
         return
@@ -188,7 +188,7 @@ npu_torch() {
     local cann pair
     cann="$(cann_version)"
     pair="$(npu_pair "" "$cann")"
-    [ -n "$pair" ] || fail "CANN $cann is in none of the vendor's pairs of requirements/npu_pairs.txt (torch $(npu_torches)); install one of their CANN releases"
+    [ -n "$pair" ] || fail "CANN $cann is in none of the vendor's pairs of aquila/launch/npu_pairs.txt (torch $(npu_torches)); install one of their CANN releases"
     echo "torch==${pair% *}" >"$1"
 }
 

@@ -19,7 +19,8 @@ device has. Every module offers:
   `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;
 - `COMMUNICATION`, `device_count()`, `set_device(local_rank)`, `device_name()`, `supported_precisions()`,
-  `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`, `kernels()` (what runs here, for people).
+  `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`, `kernels()` (what runs here, for people);
+  `profiling(stem)`, a profiler over a block, which writes its files beside `stem` at its end.
 
 Legend of shapes: B batch, S query positions, T key positions (T = start + S), H query heads, K key and
 value heads (H a multiple of K), D head size, N tokens of a chunk, V vocabulary.

@@ -47,6 +47,7 @@ linear = amx_linear.linear
 add_weight_gradient = amx_linear.add
 whole_cross_entropy = amx_linear_cross_entropy.cross_entropy
 square_sum = fused_ops.square_sum
+profiling = reference.profiling
 fp8_support = reference.fp8_support
 convert_to_fp8 = reference.convert_to_fp8
 adamw = fused_ops.adamw

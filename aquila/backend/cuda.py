@@ -3,8 +3,10 @@
 `python -m aquila.accept` checks it on the GPU that is there; benchmarks/LOG.md says on which it has run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -211,6 +213,19 @@ def optimizers_here() -> tuple[str, ...]:
     """The optimizers that this machine's packages really offer."""
     has_apex = common.find("apex.optimizers", "FusedAdam") is not None
     return tuple(kind for kind in OPTIMIZERS if kind != "apex" or has_apex)
+
+
+@contextmanager
+def profiling(stem: Path) -> Iterator[torch.profiler.profile]:
+    """As `reference.profiling`; and `stem`.memory.pickle, each allocation with its place in the code."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000)
+    try:
+        with reference.profiling(stem) as profile:
+            yield profile
+            torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(f"{stem}.memory.pickle")
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def device_count() -> int:

@@ -8,8 +8,10 @@ functions hardly check them.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -423,6 +425,18 @@ def optimizer(
     if kind == "torch":
         return common.torch_adamw(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     raise common.refuse_optimizer(kind, OPTIMIZERS)
+
+
+@contextmanager
+def profiling(stem: Path) -> Iterator[Any]:
+    """torch_npu's own profiler, which writes its tables and trace into the folder `stem`.npu at its end."""
+    from torch_npu import profiler
+
+    activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
+    done = profiler.tensorboard_trace_handler(f"{stem}.npu")
+    with profiler.profile(activities=activities, on_trace_ready=done) as profile:
+        yield profile
+        torch.npu.synchronize()
 
 
 def device_count() -> int:

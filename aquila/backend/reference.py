@@ -5,7 +5,9 @@ V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tes
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -320,6 +322,14 @@ def adamw(
             eps=settings["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
         weights.copy_(master)
+
+
+@contextmanager
+def profiling(stem: Path) -> Iterator[torch.profiler.profile]:
+    """torch's profiler over the block; writes `stem`.trace.json.gz at its end."""
+    with torch.profiler.profile() as profile:
+        yield profile
+    profile.export_chrome_trace(f"{stem}.trace.json.gz")
 
 
 def fp8_support() -> str:

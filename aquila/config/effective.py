@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from aquila.config import show
 from aquila.config.deepspeed import DeepSpeedFile
 from aquila.config.model import ModelConfig, load_model_config
 from aquila.config.run import RunConfig, as_blend, find_config
@@ -62,22 +63,16 @@ class EffectiveConfig:
     def seq_length(self) -> int:
         return self.run.seq_length or self.model.max_seq_len
 
-    def table(self) -> str:
-        """The start-up table: key, value, source, what it overrode; then the notes."""
-        rows = [("key", "value", "source", "overrides")]
-        for key, settings in self.history.items():
-            lost = [f"{s.value} ({s.source})" for s in settings[:-1] if s.source != "default"]
-            differs = [
-                text
-                for text, s in zip(lost, _given(settings[:-1]), strict=True)
-                if s.value != settings[-1].value
-            ]
-            rows.append((key, _show(settings[-1].value), settings[-1].source, "; ".join(differs)))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
-        lines.insert(1, "-" * max(len(line) for line in lines))
+    def table(self, width: int | None = None) -> str:
+        """Every key with value, source and what it overrode; then the notes. See `show.table`."""
         model = f"model {self.model_dir}: {self.model.parameter_count():,} parameters"
-        return "\n".join([*lines, model, *(f"note: {note}" for note in self.notes)])
+        return show.table(self.history, [model, *(f"note: {note}" for note in self.notes)], width)
+
+    def summary(self, width: int = 80) -> str:
+        """What the terminal shows at start-up. See `show.summary`."""
+        size = f"{self.model.parameter_count():,} parameters"
+        title = f"{self.config_path.name}, model {self.model_dir.name}: {size}"
+        return show.summary(title, self.history, self.notes, width)
 
     def to_yaml(self) -> str:
         """The run's keys as a YAML file that can itself be given as CONFIG, sources as comments."""
@@ -149,14 +144,6 @@ def find_model_dir(model_name: str, root: Path) -> Path:
     """`checkpoints_in/NAME` under `root`, or NAME itself where it is a path to a folder."""
     inside = root / MODELS / model_name
     return Path(model_name) if not inside.is_dir() and Path(model_name).is_dir() else inside
-
-
-def _given(settings: list[Setting]) -> list[Setting]:
-    return [setting for setting in settings if setting.source != "default"]
-
-
-def _show(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _deepspeed_path(named: Any, config: Path, root: Path) -> Path | None:

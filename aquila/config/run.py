@@ -145,6 +145,8 @@ class RunConfig(StrictModel):
     """Write TensorBoard files."""
     wandb: bool = False
     """Write Weights & Biases files as well, offline unless WANDB_MODE says otherwise."""
+    profile: str | None = None
+    """Steps to profile, such as 10-12: trace, longest kernels and pauses, in the run folder's profile/."""
 
     # Faults
     max_bad_steps: PositiveInt = 10
@@ -180,6 +182,8 @@ class RunConfig(StrictModel):
         for step, blend in self.blend_schedule.items():
             _check_blend(f"blend_schedule: {step}", blend)
         parse_steps(self.skip_steps)
+        if self.profile is not None:
+            profiled_steps(self.profile)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is larger than lr {self.lr:g}")
         return self
@@ -276,6 +280,17 @@ def parse_split(split: str) -> list[float]:
         raise ValueError(f"split '{split}': give one to three shares, the first above 0, such as '90,10'")
     shares += [0.0] * (3 - len(shares))
     return [share / sum(shares) for share in shares]
+
+
+def profiled_steps(text: str) -> range:
+    """'10-12' to the steps 10, 11 and 12; '10' is one step. Raises `ValueError` for anything else."""
+    if not re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?", text):
+        raise ValueError(f"profile '{text}': give the first and the last step, such as '10-12'")
+    first, _, last = text.partition("-")
+    steps = range(int(first), int(last or first) + 1)
+    if not steps or steps[0] < 1 or len(steps) > 100:
+        raise ValueError(f"profile '{text}': 1 to 100 steps, counted from 1, the first before the last")
+    return steps
 
 
 def parse_blend(data_prefix: list[str | float]) -> tuple[list[str], list[float] | None]:

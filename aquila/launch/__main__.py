@@ -10,6 +10,7 @@ from aquila.core.errors import UserError, run_command
 from aquila.core.paths import find_config_argument, find_file
 from aquila.core.run_folder import check_experiment
 from aquila.launch.copying import copy_to_nodes
+from aquila.launch.display import width_of
 from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.status import show_status
@@ -25,7 +26,7 @@ def main() -> int:
     if arguments.command == "stop":
         return stop_here(check_experiment(arguments.experiment))
     if arguments.command == "status":
-        return show_status(check_experiment(arguments.experiment))
+        return show_status(check_experiment(arguments.experiment), arguments.json, arguments.watch)
     if arguments.command == "dist-stop":
         return stop_nodes(find_file(arguments.hostfile), check_experiment(arguments.experiment))
     return trigger(arguments)
@@ -51,12 +52,14 @@ def _parse() -> argparse.Namespace:
             help="go on in spite of what they find",
         )
     stop = commands.add_parser("stop", prog="bash scripts/local_stop_docker.sh", allow_abbrev=False)
-    stop.add_argument("experiment")
+    stop.add_argument("experiment", help="name of the folder under checkpoints_out/")
     status = commands.add_parser("status", prog="bash scripts/status.sh", allow_abbrev=False)
-    status.add_argument("experiment")
+    status.add_argument("experiment", help="name of the folder under checkpoints_out/")
+    status.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    status.add_argument("--watch", action="store_true", help="again every 2 s, until the run ends or Ctrl-C")
     stop = commands.add_parser("dist-stop", prog="bash scripts/dist_stop_docker.sh", allow_abbrev=False)
-    stop.add_argument("hostfile")
-    stop.add_argument("experiment")
+    stop.add_argument("hostfile", help="one node per line: host slots=N")
+    stop.add_argument("experiment", help="name of the folder under checkpoints_out/")
     # Flags may stand between the overrides, which argparse's sub-commands do not allow by themselves.
     words = sys.argv[1:]
     flags = [word for word in words if word.startswith("-") and "=" not in word]
@@ -87,9 +90,9 @@ def trigger(arguments: argparse.Namespace) -> int:
         if finding.state == WARN:
             print(f"warning: {finding.check}: {finding.detail}", file=sys.stderr)
     if arguments.dry_run:
-        print(checked.config.table())
+        print(checked.config.table(width_of(sys.stdout)))
         return 0
-    print(checked.config.table(), flush=True)
+    print(checked.config.summary(), flush=True)
     for host, paths in differing.items():
         print(f"copying to {host}: {', '.join(map(str, paths))}", flush=True)
     copy_to_nodes(differing)

@@ -12,7 +12,8 @@ from typing import Any
 from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.core.paths import ROOT
 from aquila.launch import failure
-from aquila.launch.display import Display
+from aquila.launch.advice import advice
+from aquila.launch.display import Display, boxed, width_of
 
 
 def launch(request: dict[str, Any], wait: bool, total_steps: int | None = None) -> int:
@@ -130,20 +131,41 @@ class Follow:
             self.display.text(f"error: {event['message']}", error=True)
             return
         if record := event.get("record"):
-            head = (
-                f"error: rank {record['rank']} on {record['node']} failed first "
-                f"({failure.describe_status(record['status'])}):"
-            )
-            self.display.text(f"{head}\n{record.get('error', '')}", error=True)
-            self.display.text(f"the whole log: {_short(record['log'])}", error=True)
+            self.display.text(failure_box(record, width_of(sys.stderr)), error=True)
         elif self.status == EXIT_STOPPED:
             self.display.text(
                 f"stopped, checkpoint saved; the same command continues ({_short(self.run_dir)})"
             )
         elif self.status == 0:
-            self.display.text(f"done: {_short(self.run_dir)}")
+            self.display.text(done_text(self.display.first, self.display.last, self.run_dir))
         else:
             self.display.text("killed before the end", error=True)
+
+
+def failure_box(record: dict[str, Any], width: int | None) -> str:
+    """The failing rank's own words, three things to try, and where the whole log is."""
+    title = (
+        f"error: rank {record['rank']} on {record['node']} failed first "
+        f"({failure.describe_status(record['status'])})"
+    )
+    steps = [f"{number}. {step}" for number, step in enumerate(advice(record).steps, 1)]
+    error = record.get("error", "").splitlines()
+    return boxed(title, [*error, "", "try:", *steps, f"the whole log: {_short(record['log'])}"], width)
+
+
+def done_text(first: dict[str, Any], last: dict[str, Any], run_dir: str) -> str:
+    """The last words of a run that has reached its end: what it came to, and what to do with it."""
+    name, python = Path(run_dir).parent.name, _short(sys.executable)
+    parts = [f"{last['step']} steps"] if last else []
+    if last.get("loss") is not None and first.get("loss") is not None:
+        parts.append(f"loss {first['loss']:.4f} to {last['loss']:.4f}")
+    result = f"{', '.join(parts)}; " if parts else ""
+    return (
+        f"done: {result}{_short(run_dir)}\n"
+        f"  talk      {python} generate.py --model-dir checkpoints_out/{name}\n"
+        f"  report    {python} -m aquila.report {name}\n"
+        "  continue  the same command with a larger train_iters or epochs"
+    )
 
 
 def _short(path: str) -> str:

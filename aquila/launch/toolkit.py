@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from aquila.core.paths import ROOT
-
 HOME = "ASCEND_HOME_PATH"
 """Set by CANN's set_env.sh: where CANN lies."""
 SET_ENV = "AQUILA_CANN_SET_ENV"
@@ -21,7 +19,7 @@ PLACES = (
 )
 """Where CANN's installers put it: from 8.5 on, before, and for a user who is not root."""
 DRIVER = "/usr/local/Ascend/driver/lib64"
-_PAIRS = ROOT / "requirements" / "npu_pairs.txt"
+_PAIRS = Path(__file__).with_name("npu_pairs.txt")
 
 
 class Pair(NamedTuple):

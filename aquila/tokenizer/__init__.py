@@ -10,6 +10,7 @@ from pathlib import Path
 from aquila.core.errors import UserError
 from aquila.tokenizer.base import END_OF_TEXT, SPECIAL_TOKENS, DecodeStream, Tokenizer, surrogate_at
 from aquila.tokenizer.bytepair import BytePairTokenizer
+from aquila.tokenizer.fast import return_unused_memory
 from aquila.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Tokenizer",
     "has_tokenizer",
     "load_tokenizer",
+    "return_unused_memory",
     "surrogate_at",
 ]
 

@@ -37,6 +37,11 @@ class Tokenizer(ABC):
     fingerprint: str
     """SHA-256 of what decides the ids, whatever the files' formatting."""
 
+    engine: str = ""
+    """The library that computes the ids, its version, and why it is not a faster one."""
+    is_fast = True
+    """Whether the fastest known way to the ids is taken."""
+
     _strip_first_space = False
     """Whether decoding leaves out a space before the first token."""
 
@@ -159,7 +164,7 @@ def refusing_surrogates(encode: Callable[[str], np.ndarray], text: str) -> np.nd
     """`encode(text)`, with a `UserError` for the lone surrogate that made it fail."""
     try:
         return encode(text)
-    except (UnicodeEncodeError, TypeError, RuntimeError):  # of tiktoken, tokenizers, sentencepiece
+    except (UnicodeEncodeError, TypeError, RuntimeError):  # of gigatoken, tokenizers, sentencepiece
         place = surrogate_at(text) if isinstance(text, str) else None
         if place is None:
             raise

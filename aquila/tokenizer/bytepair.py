@@ -1,12 +1,11 @@
 """Byte-level BPE with GPT-2's splitting pattern, as Aquila uses it.
 
-`tokenizers` defines the ids. Where the vocabulary allows it (`_fast_path` says when), `tiktoken` computes
-the same ids several times as fast.
+`tokenizers` defines the ids; `aquila.tokenizer.fast` computes the same ones many times as fast.
 """
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ import numpy as np
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json, read_text
 from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates
-
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's splitting pattern (Radford et al. 2019), whose pieces BPE never joins."""
+from aquila.tokenizer.fast import PROBE, VERSIONS, FastEncoder
 
 _LONG = 1 << 20
 """Texts above this many characters are encoded in pieces, so that memory follows the ids, not the text."""
@@ -29,11 +26,6 @@ _CUT = re.compile(r"[^\W_](?=[ \t\n.,;:!?()，。、；：！？])")
 _SELF = re.compile(r"[<\[].*[>\]]$|.*[^\x21-\x7e\u00a1-\u0143].*", re.DOTALL)
 """Tokens that no merge makes: marks in brackets, and text that is not in GPT-2's letters for bytes."""
 
-_BEGIN, _END = "\0<", "\0>"
-"""What `tiktoken` takes for `[CLS]` and `</s>`, where many documents are encoded in one call."""
-_FRAME = _END + _BEGIN
-_FRAME_TOKENS = frozenset({_BEGIN, _END})
-
 
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's pattern: `vocab.json`, `merges.txt`, `special_tokens_map.json`."""
@@ -44,54 +36,51 @@ class BytePairTokenizer(Tokenizer):
         self._place_specials(vocab, max(vocab.values()) + 1)
         self._name_ends(folder / "special_tokens_map.json")
         self.fingerprint = fingerprint("byte-level-bpe", vocab, merges, self.special_tokens)
-        self._fast = _fast_path(vocab, merges, (self.bos_id, self.eos_id)) if fast else None
-        if self._fast is None:
-            _ = self.definition  # now, before worker processes are forked
+        self._fast, self.engine = None, "tokenizers, as asked"
+        if fast:
+            self._fast, self.engine = self._fast_encoder(vocab, merges)
+        self.is_fast = self._fast is not None
 
     def _read(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
         # Read again where needed, not kept: a hundred thousand Python strings in every worker add up.
         vocab = _read_vocab(self._folder / "vocab.json")
         return vocab, _read_merges(self._folder / "merges.txt", vocab)
 
-    @property
-    def is_fast(self) -> bool:
-        """Whether `tiktoken` computes the ids."""
-        return self._fast is not None
+    def _fast_encoder(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]]
+    ) -> tuple[FastEncoder | None, str]:
+        """The fast encoder, if it can be trusted here, and the name of what encodes."""
+        definition = _definition(vocab, merges)
+        reason = _why_not_fast(vocab, merges)
+        if reason is None:
+            try:
+                fast = FastEncoder(vocab, merges)
+                if fast.encode(PROBE).tolist() == definition.encode(PROBE).ids:
+                    return fast, f"gigatoken {version('gigatoken')}"
+                reason = f"gigatoken {version('gigatoken')} gives other ids for the text it is checked with"
+            except ImportError as error:
+                reason = f"no gigatoken ({error}); run `pip install '{VERSIONS}'`"
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # what a panic in Rust becomes is no Exception
+                reason = f"gigatoken failed: {error!r}"
+        self.definition = definition
+        return None, f"tokenizers, 20 times slower: {reason}"
 
     def encode_array(self, text: str) -> np.ndarray:
         return refusing_surrogates(self._encode, text)
 
     def _encode(self, text: str) -> np.ndarray:
-        if self._fast is None:
-            ids = [np.array(self.definition.encode(part).ids, np.int32) for part in _pieces(text)]
+        if self._fast is not None:
+            ids = [self._fast.encode(part) for part in _pieces(text)]
         else:
-            encoding, id_of_rank = self._fast
-            ids = [id_of_rank[_ranks(encoding, part)] for part in _pieces(text)]
+            ids = [np.array(self.definition.encode(part).ids, np.int32) for part in _pieces(text)]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
-
-    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        joined = _FRAME.join(texts)
-        # One call for all is quicker than one for each. NUL marks the borders, so no text may hold it.
-        unmarked = joined.count("\0") == 2 * (len(texts) - 1)
-        if self._fast is None or not texts or not unmarked or len(joined) > 4 * _LONG:
-            return super().encode_documents(texts)
-        tokens = refusing_surrogates(self._encode_framed, f"{_BEGIN}{joined}{_END}")
-        ends = np.flatnonzero(tokens == self.eos_id) + 1
-        return tokens, np.diff(ends, prepend=0).astype(np.int32)
-
-    def _encode_framed(self, text: str) -> np.ndarray:
-        encoding, id_of_rank = self._fast
-        return id_of_rank[_ranks(encoding, text, _FRAME_TOKENS)]
 
     @cached_property
     def definition(self):
         """The `tokenizers.Tokenizer` whose ids are right by definition."""
-        from tokenizers import Tokenizer as Definition
-        from tokenizers import models, pre_tokenizers
-
-        definition = Definition(models.BPE(*self._read()))
-        definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        return definition
+        return _definition(*self._read())
 
     def _name_ends(self, path: Path) -> None:
         """Lets `special_tokens_map.json`, where there is one, name the tokens around a document."""
@@ -129,39 +118,27 @@ def _pieces(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _ranks(encoding, text: str, allowed_special: frozenset[str] = frozenset()) -> np.ndarray:
-    return encoding.encode_to_numpy(text, allowed_special=allowed_special, disallowed_special=())
+def _definition(vocab: dict[str, int], merges: list[tuple[str, str]]):
+    from tokenizers import Tokenizer as Definition
+    from tokenizers import models, pre_tokenizers
+
+    definition = Definition(models.BPE(vocab, merges))
+    definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return definition
 
 
-def _fast_path(vocab: dict[str, int], merges: list[tuple[str, str]], ends: tuple[int, int]):
-    """A `tiktoken` encoding with the ids of its ranks (int32), or None where it would differ.
+def _why_not_fast(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str | None:
+    """What in a vocabulary could make gigatoken's ids differ from those of `tokenizers`; None: nothing.
 
-    BPE joins the pair of lowest rank that the merges list; tiktoken joins the pair whose joined text has
-    the lowest rank, listed or not. The two agree when every byte is a token, no two merges make the same
-    token, and every token, encoded alone, is itself. Proof: let x, y stand side by side in a reachable
-    state, their joined text a token t. No merge has crossed the ends of t, so BPE on t alone passes
-    through the state [x, y]; as it ends in t, its last merge is (x, y). So every pair that tiktoken sees
-    is listed, with t's rank, and both choose the same one, the leftmost of equals.
+    gigatoken takes the number of a joined token for the rank of its pair, and finds tokens by their bytes.
     """
-    import tiktoken
-    from tokenizers import models
-
-    letters = _byte_letters()
-    made = [left + right for left, right in merges]
-    tokens = [*letters, *made]
-    if len(set(tokens)) != len(tokens) or not all(token in vocab for token in letters):
-        return None
-    definition = models.BPE(vocab, merges)
-    if any(len(definition.tokenize(token)) != 1 for token in made):
-        return None
-    ranks = {_token_to_bytes(token): rank for rank, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding(
-        "aquila",
-        pat_str=PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={_BEGIN: len(tokens), _END: len(tokens) + 1},
-    )
-    return encoding, np.array([*(vocab[token] for token in tokens), *ends], np.int32)
+    if not _byte_letters().keys() <= vocab.keys():
+        return "the vocabulary lacks single bytes"
+    if len({left + right for left, right in merges}) != len(merges):
+        return "two merges make the same token"
+    if len({_token_to_bytes(token) for token in vocab}) != len(vocab):
+        return "two tokens are the same bytes"
+    return None
 
 
 def _byte_letters() -> dict[str, int]:
@@ -179,6 +156,7 @@ _LETTERS = _byte_letters()
 
 
 def _token_to_bytes(token: str) -> bytes:
+    """The bytes that a token of `vocab.json` stands for."""
     try:
         return bytes([_LETTERS[letter] for letter in token])
     except KeyError:  # a token added as plain text

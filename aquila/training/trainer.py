@@ -14,6 +14,7 @@ from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
 from aquila.training.evaluation import Scores
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.nonfinite import what_is_not_finite
+from aquila.training.profiler import Profiler
 from aquila.training.schedule import Schedule
 from aquila.training.signals import Requests
 from aquila.training.state import TrainState
@@ -46,6 +47,7 @@ class Trainer:
     log: RunLog | None
     state: TrainState
     seq_length: int
+    profiler: Profiler | None = None
     timer: StepTimer = field(default_factory=StepTimer)
 
     def run(self) -> int:
@@ -55,17 +57,17 @@ class Trainer:
             self._log_start(self._evaluate())
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            self._log(result, self._evaluate() if self._evaluation_due() else None)
+            stop = result.any_notice[0] or self._due(self.config.exit_interval)
+            last = stop or self.state.step >= self.schedule.total_steps
+            self._log(result, self._evaluate() if self._evaluation_due() else None, last)
             if self.state.bad_steps >= self.config.max_bad_steps:
                 self._finish_save(saved)  # one may be in flight, from before
                 return self._give_up(result)
             if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
                 return self._diverged(bad)
-            stop, save = result.any_notice[0], result.any_notice[1]
-            stop = stop or self._due(self.config.exit_interval)
             if result.all_notice[2]:  # every rank's part of the save in flight is written
                 saved = self._finish_save(saved)
-            if save or stop or self._due(self.config.save_interval):
+            if result.any_notice[1] or stop or self._due(self.config.save_interval):
                 saved = self._save(saved)
             if stop:
                 break
@@ -78,6 +80,8 @@ class Trainer:
         return 0 if self.state.step >= self.schedule.total_steps else EXIT_STOPPED
 
     def _step(self) -> StepResult:
+        if self.profiler is not None:
+            self.profiler.before(self.state.step + 1)
         self.timer.start()
         step = self.state.step + 1
         samples = self.schedule.samples_of(step)
@@ -101,6 +105,8 @@ class Trainer:
             bad=result.skipped and not (result.spike or result.passed_over or self._scale_may_fall(result)),
         )
         self.watchdog.beat(self.state.step)
+        if self.profiler is not None:
+            self.profiler.after(self.state.step)
         return result
 
     def _due(self, interval: int | None) -> bool:
@@ -134,13 +140,13 @@ class Trainer:
         if self.log is not None and scores is not None:
             self.log.start(self.state, self.timer, scores)
 
-    def _log(self, result: StepResult, scores: Scores | None) -> None:
+    def _log(self, result: StepResult, scores: Scores | None, last: bool) -> None:
         step = self.state.step
         tokens = self.schedule.samples_of(step) * self.seq_length
         # The first is where the loss starts, and a launcher waits for it. Between two lines all steps have
         # one size, so that rates, and the samples of a step, can be told from them.
-        due = step == 1 or self._due(self.config.log_interval) or scores is not None or result.skipped
-        due = due or tokens != self.schedule.samples_of(step + 1) * self.seq_length
+        due = step == 1 or last or self._due(self.config.log_interval) or scores is not None
+        due = due or result.skipped or tokens != self.schedule.samples_of(step + 1) * self.seq_length
         if self.log is None or not due:
             return
         if result.passed_over:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -124,7 +125,8 @@ def test_ctrl_c_ends_the_program_by_the_signal_and_without_a_traceback(root, tmp
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, **pipes, env=environment, cwd=root) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored below a shell's "&"
+    with subprocess.Popen(command, **pipes, env=environment, cwd=root, preexec_fn=heard) as process:
         process.stdin.write((stdin or "").encode())
         process.stdin.flush()
         assert process.stdout.read(1)

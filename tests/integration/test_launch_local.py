@@ -25,6 +25,7 @@ def test_wait_returns_0_at_the_end_and_keeps_a_log_per_rank(project: Path) -> No
     (run_dir,) = helpers.versions(project)
     assert helpers.steps(run_dir) == [1, 2, 3, 4, 5]
     assert "loss" in out
+    assert out.index("step 5") < out.index("done: 5 steps") < out.index("  continue  ")
     for rank in (0, 1):
         log = (run_dir / "logs" / f"localhost-rank-000{rank}.log").read_text()
         assert f"rank {rank} of 2" in log
@@ -48,6 +49,7 @@ def test_the_failing_rank_is_shown_and_the_others_are_gone(
     assert got == status
     assert "rank 1 on localhost failed first" in err
     assert says in err
+    assert err.index(says) < err.index("| try:") < err.index("| 3. ") < err.index("| the whole log:")
     helpers.assert_nothing_left(project)
 
 
@@ -187,7 +189,18 @@ def test_status_of_a_running_a_stopped_a_failed_and_an_unknown_experiment(projec
     assert "localhost: running, 2 slot(s)" in out
     assert "100 tokens/s" in out
     assert "last checkpoint: step-00000002" in out
+    code, out, _ = script(project, "status.sh", "exp", "--json")
+    found = json.loads(out)
+    assert (code, found["state"], found["exit_status"]) == (0, "running", 0)
+    assert found["nodes"] == [{"host": "localhost", "slots": 2, "state": "running"}]
+    assert found["metric"]["step"] > 3
+    watch = subprocess.Popen(
+        ["bash", str(project / "scripts" / "status.sh"), "exp", "--watch"],
+        env=helpers.environment(project), text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
     stop(project, "exp")
+    watched, _ = watch.communicate(timeout=30)
+    assert (watch.returncode, "stopped, checkpoint saved" in watched) == (0, True)
     code, out, _ = script(project, "status.sh", "exp")
     assert (code, "stopped, checkpoint saved" in out) == (0, True)
     helpers.launch(project, helpers.standin_request("bad", overrides=["rank1=raise"], **WITH_STOP))

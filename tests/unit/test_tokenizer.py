@@ -1,14 +1,17 @@
 """Ids are the original's, both engines agree on them, and decoding never breaks a character."""
 
 import json
+import random
 import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquila.core.errors import UserError
-from aquila.tokenizer import SPECIAL_TOKENS, BytePairTokenizer, bytepair, load_tokenizer
+from aquila.tokenizer import SPECIAL_TOKENS, BytePairTokenizer, bytepair, fast, load_tokenizer
 
 TINY = "checkpoints_in/aquila-tiny"
 
@@ -85,20 +88,67 @@ def test_both_engines_agree_on_any_text(any_tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("pattern", [r"\p{L}", r"\p{N}", r"\s"])
-def test_both_engines_class_every_character_alike(pattern):
-    """The pattern's only Unicode-dependent parts, over every code point."""
-    import tiktoken
-    from tokenizers import Regex, pre_tokenizers
-
-    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF)
-    single_bytes = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding(
-        "c", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={"<|never|>": 256}
+def test_both_engines_class_every_character_alike(any_tokenizer):
+    """Every assigned code point, and one in 64 of the others, beside a letter, digit, mark and space."""
+    unassigned = {"Cn", "Co", "Cs"}
+    every = "".join(
+        chr(c)
+        for c in range(0x110000)
+        if unicodedata.category(chr(c)) not in unassigned or (c % 64 == 0 and not 0xD800 <= c <= 0xDFFF)
     )
-    fast = bytes(encoding.encode_ordinary(every)).decode()
-    removed = pre_tokenizers.Split(Regex(pattern), "removed").pre_tokenize_str(every)
-    assert set(fast) == set(every) - set("".join(piece for piece, _ in removed))
+    for start in range(0, len(every), 1 << 16):
+        text = "".join(f"a{c}1{c}.{c} {c}" for c in every[start : start + (1 << 16)])
+        assert np.array_equal(any_tokenizer.encode_array(text), any_tokenizer.definition.encode(text).ids)
+
+
+@pytest.mark.parametrize("letter", [" ", "\n", "a", "字", "-", "9", "\u0301"])
+def test_a_long_run_of_one_character(tiny, letter):
+    text = letter * 50_000
+    assert tiny.encode(text) == tiny.definition.encode(text).ids
+
+
+def test_a_million_blanks(any_tokenizer):
+    ids = any_tokenizer.encode(" " * 1_000_000 + "end")
+    assert any_tokenizer.decode(ids) == " " * 1_000_000 + "end"
+
+
+def test_memory_of_words_is_bounded_by_renewal(tiny, monkeypatch):
+    monkeypatch.setattr(fast, "_GROWTH", 4 << 20)
+    monkeypatch.setattr(fast, "_CHECK_BYTES", 1 << 16)
+    rng = random.Random(5)
+    texts = [" ".join(f"{rng.getrandbits(80):x}" for _ in range(20_000)) for _ in range(30)]
+    before = tiny._fast.renewals
+    encoded = [tiny.encode(text) for text in texts]
+    assert tiny._fast.renewals > before
+    assert encoded[-1] == tiny.definition.encode(texts[-1]).ids
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong ids", "panic"])
+def test_without_gigatoken_the_definition_encodes_and_says_so(root, monkeypatch, fault):
+    class Panic(BaseException):
+        pass
+
+    class Odd(fast.FastEncoder):
+        def __init__(self, vocab, merges):
+            if fault == "missing":
+                raise ImportError("No module named 'gigatoken'")
+            if fault == "panic":
+                raise Panic("index out of bounds")
+            super().__init__(vocab, merges)
+
+        def encode(self, text):
+            return super().encode(text.replace("ß", "s"))
+
+    monkeypatch.setattr(bytepair, "FastEncoder", Odd)
+    tokenizer = load_tokenizer(root / TINY)
+    assert not tokenizer.is_fast
+    assert tokenizer.engine.startswith("tokenizers, 20 times slower: ")
+    assert {"missing": "pip install", "wrong ids": "other ids", "panic": "bounds"}[fault] in tokenizer.engine
+    assert tokenizer.encode("ß ok") == tokenizer.definition.encode("ß ok").ids
+
+
+def test_the_versions_of_gigatoken_are_those_required(root):
+    assert fast.VERSIONS in (root / "requirements/core.txt").read_text().splitlines()
 
 
 def test_long_text_is_cut_without_changing_ids(tiny, monkeypatch):
@@ -185,17 +235,35 @@ def _write_bpe(folder, merges, order=None):
     return folder
 
 
-def test_vocabulary_that_tiktoken_would_encode_otherwise_falls_back(tmp_path):
-    """Here 'bc' is joined before 'ab', so 'abc' = ab + c is never made; tiktoken would make it of a + bc."""
+def test_vocabulary_whose_joins_cross(tmp_path):
+    """'bc' is joined before 'ab', so 'abc' = ab + c is never made, though it is a token."""
     odd = load_tokenizer(_write_bpe(tmp_path / "odd", [("b", "c"), ("a", "b"), ("ab", "c")]))
-    assert not odd.is_fast
+    assert odd.is_fast
     assert odd.encode("abc") == odd.definition.encode("abc").ids
     assert [odd.token_bytes(i) for i in odd.encode("abc")] == [b"a", b"bc"]
-    twice = load_tokenizer(_write_bpe(tmp_path / "two", [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]))
-    assert not twice.is_fast
-    even = load_tokenizer(_write_bpe(tmp_path / "even", [("a", "b"), ("ab", "c")]))
-    assert even.is_fast
-    assert [even.token_bytes(i) for i in even.encode("abcbc")] == [b"abc", b"b", b"c"]
+    merges = [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
+    twice = load_tokenizer(_write_bpe(tmp_path / "two", merges))
+    assert "two merges make the same token" in twice.engine
+    assert twice.encode("abc") == twice.definition.encode("abc").ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=12), st.text(alphabet="abcd ", max_size=40))
+def test_both_engines_agree_on_any_vocabulary(tmp_path_factory, choices, text):
+    """Merges drawn at random, the tokens' ids in another order than the merges."""
+    made, merges = list("abcd"), []
+    for choice in choices:
+        pair = (made[choice % len(made)], made[choice // 7 % len(made)])
+        if len("".join(pair)) <= 8 and "".join(pair) not in made:
+            merges.append(pair)
+            made.append("".join(pair))
+    tokens = ["<|endoftext|>", *bytepair._byte_letters(), *made[4:]]
+    folder = tmp_path_factory.mktemp("any") / "bpe"
+    for order in (tokens, tokens[::-1]):
+        tokenizer = load_tokenizer(_write_bpe(folder, merges, order))
+        assert tokenizer.is_fast
+        assert tokenizer.encode(text) == tokenizer.definition.encode(text).ids
+        shutil.rmtree(folder)
 
 
 def test_special_tokens_that_the_vocabulary_already_has_keep_their_ids(tmp_path):

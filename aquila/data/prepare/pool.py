@@ -1,6 +1,5 @@
 """Worker processes that end with their parent, however it ends."""
 
-import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -9,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from aquila.tokenizer import return_unused_memory
 
 _PR_SET_PDEATHSIG = 1
 
@@ -41,8 +42,7 @@ def run_tasks(
 def _return_unused_memory() -> None:
     """What building the tokenizer used and freed would otherwise count again for every worker."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
+    return_unused_memory()
     gc.freeze()
 
 

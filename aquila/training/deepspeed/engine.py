@@ -84,7 +84,7 @@ class Evaluation(NamedTuple):
 
 
 @contextmanager
-def processes(communication: str, device: torch.device, timeout: float) -> Iterator[tuple[int, int]]:
+def processes(communication: str, device: torch.device, timeout: float = 1800) -> Iterator[tuple[int, int]]:
     """The process group of this run, as (rank, world size); destroyed at the end.
 
     timeout: seconds that ranks wait for one another in one collective.

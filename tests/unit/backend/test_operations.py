@@ -140,7 +140,7 @@ def test_cross_entropy_equals_autograd(backend, z_loss, dtype):
 SIGNATURE = """COMMUNICATION COMPILE_BLOCKS LOGITS_BYTES OVERLAP_COMM KEPT ENVIRONMENT_DEFAULTS
  SAVED_IN_SELECTIVE OPTIMIZERS adamw add_weight_gradient attention
 attention_kind convert_to_fp8 cross_entropy_ device_count device_name embedding fp8_support kernels linear
-memory_gib optimizer optimizer_kind peak_flops prepare_weight rms_norm rotary set_device square_sum
+memory_gib optimizer optimizer_kind peak_flops prepare_weight profiling rms_norm rotary set_device square_sum
 step_linear supported_precisions swiglu synchronize whole_cross_entropy"""
 
 
