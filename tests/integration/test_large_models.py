@@ -14,6 +14,8 @@ from aquila.model import AquilaModel
 from tests.integration.launch_helpers import environment
 from tests.integration.training_runs import MODEL, make_project, metrics
 
+pytestmark = pytest.mark.slow
+
 RANKS = Path(__file__).parent / "forked_ranks.py"
 LARGE = MODEL | {"dim": 1024, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 64}
 """Of 200 MiB in fp32: what a rank holds besides tensors is little beside that."""
