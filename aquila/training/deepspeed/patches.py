@@ -27,7 +27,7 @@ class Patch(NamedTuple):
     guard: str
 
 
-_STEP = "tests/integration/test_zero_step.py"
+_STEP = "tests/integration/test_blockwise_step.py"
 _TRAINING = "tests/integration/test_training.py"
 _HOSTILE = "tests/integration/test_hostile_checkpoint.py"
 PATCHES = {

@@ -12,7 +12,7 @@ gradient; here gradients are divided by the scale that the loss was multiplied b
 ranks is rounded once (`gradient_exchange.py`), not once for each rank.
 
 Frozen: the order of operations on each element. Free: blocks and everything around them.
-Guarded by: tests/integration/test_zero_step.py.
+Guarded by: tests/integration/test_blockwise_step.py.
 """
 
 from collections.abc import Iterator
