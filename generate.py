@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         "--sliding", action="store_true", help="go on past the context by dropping its beginning"
     )
 
-    endpoint = parse.add_argument_group("an endpoint for other programs (OpenAI completions protocol)")
+    endpoint = parse.add_argument_group(
+        "an endpoint for other programs (OpenAI completions and chat protocol)"
+    )
     which.add_argument("--serve", action="store_true", help="answer HTTP requests until Ctrl-C")
     endpoint.add_argument("--host", default="127.0.0.1", metavar="H", help="default: this machine only")
     endpoint.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one")
