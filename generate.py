@@ -5,7 +5,6 @@ Without --model-dir it loads the newest checkpoint of the newest run under check
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -65,8 +64,6 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more (got {value})")
-    # Weights in huge pages: a step reads them as one stream. torch reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
     from aquila.generation.locate import find_model_dir
 

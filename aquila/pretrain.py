@@ -22,9 +22,10 @@ import torch
 
 from aquila.backend import detect, fp8, get_backend
 from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, parse_blend
+from aquila.config.compare import check_launched
 from aquila.config.run import as_blend, profiled_steps
-from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
+from aquila.core.files import write_atomically
 from aquila.core.run_folder import check_experiment
 from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
@@ -80,6 +81,7 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    check_launched(effective)
     if effective.run.deterministic:
         backend.make_deterministic()
     if effective.run.fp8:

@@ -17,9 +17,10 @@ from aquila.config import ModelConfig, load_model_config
 from aquila.config.strict import validate
 from aquila.core.checkpoints import FOLDER, newest_checkpoint
 from aquila.core.errors import UserError
+from aquila.core.files import replacing
 from aquila.core.text_files import read_json
 from aquila.model import hf
-from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, replacing, write_safetensors
+from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, write_safetensors
 
 MODEL_KEYS = ("attention", "recompute", "z_loss")
 _DOWNLOAD = (

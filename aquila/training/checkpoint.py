@@ -35,9 +35,8 @@ from aquila.core.checkpoints import (
     list_checkpoints,
     step_folder,
     step_of,
-    sync,
-    write_atomically,
 )
+from aquila.core.files import sync, write_atomically
 from aquila.model.files import TensorInfo
 from aquila.model.weights import write_parts
 from aquila.training.deepspeed.engine import SHARDS, Engine

@@ -17,9 +17,9 @@ from aquila.core.checkpoints import (
     read_state,
     set_aside,
     step_of,
-    write_atomically,
 )
 from aquila.core.errors import UserError
+from aquila.core.files import write_atomically
 from aquila.core.text_files import is_finite
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal
