@@ -5,7 +5,6 @@ Without --model-dir it loads the newest checkpoint of the newest run under check
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -48,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "--sliding", action="store_true", help="go on past the context by dropping its beginning"
     )
 
-    endpoint = parse.add_argument_group("an endpoint for other programs (OpenAI completions protocol)")
+    endpoint = parse.add_argument_group(
+        "an endpoint for other programs (OpenAI completions and chat protocol)"
+    )
     which.add_argument("--serve", action="store_true", help="answer HTTP requests until Ctrl-C")
     endpoint.add_argument("--host", default="127.0.0.1", metavar="H", help="default: this machine only")
     endpoint.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one")
@@ -63,8 +64,6 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more (got {value})")
-    # Weights in huge pages: a step reads them as one stream. torch reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
     from aquila.generation.locate import find_model_dir
 

@@ -26,8 +26,8 @@ from aquila.acceptance.speed import check_speed
 from aquila.acceptance.table import Table
 from aquila.acceptance.training import check_training
 from aquila.backend import detect, get_backend
-from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import EXIT_FAILURE, run_command
+from aquila.core.files import write_atomically
 from aquila.launch import toolkit
 from aquila.launch.hostfile import read_hostfile
 from aquila.model.weights import load_config

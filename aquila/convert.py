@@ -19,12 +19,13 @@ from torch import Tensor
 
 from aquila.config import ModelConfig
 from aquila.core.errors import UserError, run_command
+from aquila.core.files import temporary_name
 from aquila.core.text_files import read_json
-from aquila.generation.locate import find_model_dir
 from aquila.generation.decode import Decoder
+from aquila.generation.locate import find_model_dir
 from aquila.generation.sampling import Sampling
 from aquila.model import AquilaModel, gguf, hf
-from aquila.model.files import TensorInfo, temporary_name, write_torch
+from aquila.model.files import TensorInfo, write_torch
 from aquila.model.hf_tokenizer import RELEASED_FILES, copy_released, has_tokenizer, write_hf, write_json
 from aquila.model.llama_cpp import LlamaCpp, library
 from aquila.model.weights import Weights, check_names, load_config, write_sharded

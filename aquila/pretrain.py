@@ -22,21 +22,24 @@ import torch
 
 from aquila.backend import detect, fp8, get_backend
 from aquila.config import Device, EffectiveConfig, RunConfig, load_run_config, parse_blend
+from aquila.config.compare import check_launched
 from aquila.config.run import as_blend, profiled_steps
-from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
+from aquila.core.files import write_atomically
 from aquila.core.run_folder import check_experiment
 from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
 from aquila.data.meta import check_datasets
 from aquila.data.order import FILE, continue_order, order_files, order_text
 from aquila.model import AquilaModel
-from aquila.model.weights import load_weights
+from aquila.model.weights import load_weights, open_weights
 from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import parameter_groups
-from aquila.training.deepspeed.engine import Engine, on_first_rank, processes
+from aquila.training.deepspeed.engine import Engine, processes
+from aquila.training.deepspeed.ranks import on_first_rank
+from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH
 from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
@@ -78,6 +81,7 @@ def main() -> int:
     precisions = tuple(backend.supported_precisions())
     here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
+    check_launched(effective)
     if effective.run.deterministic:
         backend.make_deterministic()
     if effective.run.fp8:
@@ -127,7 +131,9 @@ def train(
         record_start(run_dir, effective, state, folder, world_size)
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
-        say("\n".join([describe(effective, backend, schedule, corpora, world_size), *lines]))
+        say(
+            "\n".join([describe(effective, backend, schedule, corpora, world_size), engine.zero_step, *lines])
+        )
         say(f"resumes at step {state.step} from {folder}" if folder else "starts at step 0")
         log = open_log(effective, backend, schedule, corpora, run_dir, world_size, state.step)
         closing.callback(log.close)
@@ -178,29 +184,35 @@ def prepare(run_dir: Path, effective: EffectiveConfig) -> None:
 def build_model(
     effective: EffectiveConfig, backend: ModuleType, device: torch.device, resume: Path | None
 ) -> AquilaModel:
-    """The model with its first weights: of the checkpoint to resume, of the model folder, or random."""
+    """The model with its first weights: of the checkpoint to resume, of the model folder, or random.
+
+    Under ZeRO-3 each rank holds its share alone.
+    """
     run = effective.run
     config = effective.model
     if run.ckpoint_layer is not None:
         config = config.model_copy(
             update={"checkpoint_activations": run.ckpoint_layer != 0, "ckpoint_layer": run.ckpoint_layer}
         )
-    model = AquilaModel(
-        config,
-        attention=run.attention,
-        recompute=run.recompute,
-        z_loss=run.z_loss,
-        device=device,
-        dtype=PRECISIONS[run.precision],
-        seed=None if resume is not None or run.bmt_pre_load else run.seed,
-    )
-    if resume is not None:
-        load_weights(model, resume)
-    elif run.bmt_pre_load:
-        load_weights(model, effective.model_dir)
+    folder = resume or (effective.model_dir if run.bmt_pre_load else None)
+    options = {"attention": run.attention, "recompute": run.recompute, "z_loss": run.z_loss}
+    dtype = PRECISIONS[run.precision]
+    if run.zero_stage == 3:
+        model = AquilaModel(config, **options, device="meta", dtype=dtype)
+
+        def source() -> Fill:
+            return open_weights(model, folder).read if folder else model.first_weights(run.seed)
+
+        divide_model(model, source, effective, dtype, device)
+    else:
+        seed = None if folder else run.seed
+        model = AquilaModel(config, **options, device=device, dtype=dtype, seed=seed)
+        if folder is not None:
+            load_weights(model, folder)
     if run.fp8:
         model.convert_to_fp8(run.fp8)
-    if run.compile if run.compile is not None else backend.COMPILE_BLOCKS:
+    compiles = backend.COMPILE_BLOCKS and run.zero_stage < 3  # ZeRO-3 gathers each module's weights in hooks
+    if run.compile if run.compile is not None else compiles:
         model.compile_blocks()
     return model
 

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import UserError, run_command
+from aquila.core.files import write_atomically
 from aquila.training.metrics import METRICS, read_metrics
 from aquila.training.plot import draw_runs
 

@@ -12,6 +12,12 @@ from aquila.backend import reference
 from aquila.core.errors import UserError
 
 
+def set_defaults(variables: dict[str, str]) -> None:
+    """Sets each variable of the environment that the user has not set."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
 def attention(
     q: Tensor,
     k: Tensor,

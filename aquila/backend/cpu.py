@@ -31,7 +31,9 @@ LOGITS_BYTES = reference.LOGITS_BYTES
 OVERLAP_COMM = True
 KEPT = {"one_pass": 1, "statistics": 4}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {}
-ENVIRONMENT_DEFAULTS: dict[str, str] = {}
+# Large tensors in huge pages: torch takes fresh memory for each, and faulting in 200 MB of logits 4096 bytes
+# at a time takes as long as the product that fills them. torch reads this at its first tensor.
+ENVIRONMENT_DEFAULTS = {"THP_MEM_ALLOC_ENABLE": "1"}
 SAVED_IN_SELECTIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aquila.tile_attention.default,
@@ -147,6 +149,7 @@ def device_count() -> int:
 
 def set_device(local_rank: int) -> torch.device:
     """Every rank of this machine shares its cores and memory: there is nothing to choose."""
+    common.set_defaults(ENVIRONMENT_DEFAULTS)
     _keep_freed_memory()
     return torch.device("cpu")
 

@@ -237,6 +237,7 @@ def set_device(local_rank: int) -> torch.device:
     """Makes the rank's GPU the current one. Raises `ValueError` when there are fewer."""
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no GPU: {device_count()} are visible")
+    common.set_defaults(ENVIRONMENT_DEFAULTS)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -6,7 +6,6 @@ and HCCL have not run on a device. The documented limits are checked here, becau
 functions hardly check them.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -453,8 +452,7 @@ def set_device(local_rank: int) -> torch.device:
     """
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
-    for name, value in ENVIRONMENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    common.set_defaults(ENVIRONMENT_DEFAULTS)
     torch.npu.set_device(local_rank)
     if _FIRST_GENERATION.fullmatch(device_name()):
         raise UserError(

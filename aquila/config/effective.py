@@ -246,6 +246,12 @@ def _resolve_overlap(settings: list[Setting], device: Device, notes: list[str]) 
 
 def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) -> None:
     run, model = effective.run, effective.model
+    if run.compile and run.zero_stage == 3:
+        raise UserError(
+            f"compile ({effective.sources['compile']}) goes with zero_stage 1 or 2, not 3 "
+            f"({effective.sources['zero_stage']}): ZeRO-3 gathers each module's weights when it is called, "
+            "which breaks a compiled block into pieces; leave compile out"
+        )
     if effective.seq_length > model.max_seq_len:
         raise UserError(
             f"seq_length {run.seq_length} ({effective.sources['seq_length']}) is longer than the model's "

@@ -105,6 +105,8 @@ class RunConfig(StrictModel):
     """`torch.compile` of each block; the device's default when absent."""
     zero_stage: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    zero_step: Literal["auto", "blockwise", "deepspeed"] = "auto"
+    """Whose optimizer step runs under ZeRO-1 and 2: this project's, block by block, or DeepSpeed's own."""
     overlap_comm: bool | None = None
     """Gradients are reduced on a stream of their own during backward; absent: yes, on NPUs no."""
 

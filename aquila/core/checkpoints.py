@@ -1,19 +1,18 @@
 """Checkpoint folders on disk: names, checksums, what is whole and what is not."""
 
-import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from aquila.core.files import sha256, sync
 from aquila.core.text_files import parse_json, read_json
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_BLOCK = 1 << 20
 _THREADS = 8
 
 
@@ -71,11 +70,7 @@ def clear_leftovers(folder: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def damage(folder: Path) -> str | None:
@@ -107,23 +102,3 @@ def damage(folder: Path) -> str | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises `UserError`."""
     return read_json(folder / STATE)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that a crash leaves the old content or the new, and both synced."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,9 +5,14 @@ saved (`EX_TEMPFAIL` of sysexits.h: run the same command again).
 """
 
 import contextlib
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+
+from aquila.core.variables import ERROR_FILE
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -21,11 +26,17 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits with its status; a `UserError` becomes one clear message."""
+    """Runs a command's `main` and exits with its status; a `UserError` becomes one clear message.
+
+    What ends it is written to `ERROR_FILE`, too, where that is set: the words of the error itself, which its
+    log has among much else.
+    """
+    error_file = os.environ.pop(ERROR_FILE, None)  # ours alone, not of what we start
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _leave(error_file, f"error: {error}")
         status = error.exit_status
     except BrokenPipeError:  # the reader of our output has left: `... | head`
         sys.stderr.close()
@@ -36,4 +47,13 @@ def run_command(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
+    except Exception as error:
+        _leave(error_file, "".join(traceback.format_exception(error)))
+        raise
     sys.exit(status or 0)
+
+
+def _leave(path: str | None, text: str) -> None:
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -5,12 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's folder."""
+_SOURCES = (".py", ".cpp", ".h", ".txt")
 
 
-def code_fingerprint(root: Path = ROOT) -> str:
-    """The first digits of a SHA-256 over the names and contents of the package's Python files."""
+def source_hash(root: Path = ROOT) -> str:
+    """The first digits of a SHA-256 over the names and contents of the package's files: Python, C++, tables.
+
+    Nodes whose C++ differs compute different numbers, so it counts as much as Python does.
+    """
     digest = hashlib.sha256()
-    for path in sorted((root / "aquila").rglob("*.py")):
+    for path in sorted(path for path in (root / "aquila").rglob("*") if path.suffix in _SOURCES):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

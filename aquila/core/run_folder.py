@@ -8,17 +8,16 @@ checkpoints_out/EXP/VERSION/
     launch/ranks/                             one record per finished rank
 """
 
-import contextlib
 import json
 import os
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from aquila.core.checkpoints import FOLDER, list_checkpoints
 from aquila.core.errors import UserError
+from aquila.core.files import write_atomically
 from aquila.core.text_files import parse_json
 
 STATUS = Path("launch") / "status.json"
@@ -99,16 +98,7 @@ def _launch(run_dir: Path) -> int:
 def write_json(path: Path, data: Any) -> None:
     """Replaces `path` with `data`; a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(data), durable=False)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

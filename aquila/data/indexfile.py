@@ -6,7 +6,6 @@ version (uint64, 1), dtype code (uint8), number of sequences S (uint64), length 
 (int64, D): the number of its first sequence for each document, and S at the end.
 """
 
-import os
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -127,9 +126,3 @@ def write_index(
         stop = min(start + _CHUNK, entries)
         chunk = np.arange(start, stop) if documents is None else documents[start:stop]
         file.write(chunk.astype("<i8").tobytes())
-
-
-def sync(file: BinaryIO) -> None:
-    """Everything written so far is on the disk when this returns."""
-    file.flush()
-    os.fsync(file.fileno())

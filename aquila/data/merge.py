@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from aquila.core.errors import UserError
-from aquila.data.indexfile import Index, bin_path, idx_path, read_index, sync, write_index
+from aquila.core.files import sha256, sync_file
+from aquila.data.indexfile import Index, bin_path, idx_path, read_index, write_index
 from aquila.data.meta import make_meta, meta_path, read_meta, write_meta
 
 _COPY = 1 << 22
@@ -63,13 +64,13 @@ def _write(
                 while chunk := source.read(_COPY):
                     digest.update(chunk)
                     file.write(chunk)
-        sync(file)
+        sync_file(file)
     before = np.cumsum([0, *(len(index.lengths) for index in indexes)])
     documents = [index.documents[:-1] + start for index, start in zip(indexes, before, strict=False)]
     lengths = np.concatenate([index.lengths for index in indexes])
     with idx.open("wb") as file:
         write_index(file, lengths, np.concatenate([*documents, before[-1:]]), indexes[0].dtype.str)
-        sync(file)
+        sync_file(file)
     numbers = [meta["counts"] for meta in metas]
     counts = {
         "documents": sum(len(index.documents) - 1 for index in indexes),
@@ -83,7 +84,7 @@ def _write(
         [item for meta in metas for item in meta["inputs"]],
         merged_from=[str(prefix) for prefix in prefixes],
         bin_sha256=digest.hexdigest(),
-        idx_sha256=hashlib.sha256(idx.read_bytes()).hexdigest(),
+        idx_sha256=sha256(idx),
     )
     # The index comes last: without it the other files are no dataset.
     idx_path(output).unlink(missing_ok=True)

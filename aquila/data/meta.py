@@ -12,8 +12,9 @@ import numpy as np
 
 import aquila
 from aquila.core.errors import UserError
+from aquila.core.files import sync_file
 from aquila.core.text_files import read_json
-from aquila.data.indexfile import Index, read_index, read_tokens, sync
+from aquila.data.indexfile import Index, read_index, read_tokens
 from aquila.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -51,7 +52,7 @@ def write_meta(path: Path, meta: dict[str, Any]) -> None:
     """Writes `meta` to `path`, and on to the disk: give the file its final name afterwards."""
     with path.open("wb") as file:
         file.write((json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
-        sync(file)
+        sync_file(file)
 
 
 def read_meta(prefix: str | Path) -> dict[str, Any] | None:

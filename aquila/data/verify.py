@@ -1,12 +1,12 @@
 """Every check of a dataset that can be made: structure, sizes, ids, framing, checksums."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from aquila.core.errors import UserError
+from aquila.core.files import sha256
 from aquila.data.indexfile import Index, bin_path, idx_path, read_index, read_tokens
 from aquila.data.meta import id_range, meta_path, read_meta
 
@@ -58,16 +58,8 @@ def _index_problems(prefix: str | Path, index: Index) -> Iterator[str]:
 
 def _checksum_problems(prefix: str | Path, meta: dict) -> Iterator[str]:
     for path, key in ((bin_path(prefix), "bin_sha256"), (idx_path(prefix), "idx_sha256")):
-        if key in meta and _checksum(path) != meta[key]:
+        if key in meta and sha256(path) != meta[key]:
             yield f"{path}: its content is not what was written (SHA-256 differs from {meta_path(prefix)})"
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(4 * _CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _count_problems(prefix: str | Path, meta: dict, index: Index) -> Iterator[str]:

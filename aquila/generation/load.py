@@ -43,7 +43,7 @@ def load(
     if threads:
         torch.set_num_threads(threads)
     kind = device_type(device)
-    device = kind if device == "auto" else device
+    device = str(get_backend(kind).set_device(int(device.partition(":")[2] or 0)))
     tokenizer = load_tokenizer(model_dir)
     config = load_config(model_dir)
     if tokenizer.vocab_size > config.vocab_size:

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import json
 import shlex
 import sys
 from pathlib import Path
 
+from aquila.config.compare import settings_of
 from aquila.core.errors import UserError, run_command
 from aquila.core.paths import find_config_argument, find_file
 from aquila.core.run_folder import check_experiment
@@ -122,6 +124,7 @@ def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, c
         "command": [sys.executable, "-m", "aquila.pretrain"],
         "arguments": [config, arguments.model, experiment, *arguments.overrides],
         "environment": forwarded_environment(),
+        "settings": json.dumps(settings_of(checked.config)),
         "node_timeout": run.node_timeout,
         "rejoin_timeout": run.rejoin_timeout,
         "max_restarts": run.max_restarts,

@@ -23,7 +23,7 @@ import psutil
 from aquila.core import run_folder
 from aquila.core.errors import EXIT_USER_ERROR
 from aquila.core.jsonl import Follower
-from aquila.core.paths import code_fingerprint
+from aquila.core.paths import source_hash
 from aquila.launch import failure, nodes
 from aquila.launch.node_probe import Facts
 from aquila.launch.torchrun import Ranks, Start, kill_marked
@@ -336,7 +336,7 @@ def introduction() -> dict[str, Any]:
     """What the controller needs to know of this node before it asks for anything."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return {
-        "code": code_fingerprint(),
+        "code": source_hash(),
         "python": sys.version.split()[0],
         "host": socket.gethostname(),
         "machine": machine_key(),

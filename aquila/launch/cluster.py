@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aquila.core.paths import ROOT, code_fingerprint
+from aquila.core.paths import ROOT, source_hash
 from aquila.launch import nodes
 from aquila.launch.channel import Channel
 from aquila.launch.hostfile import Node
@@ -110,11 +110,11 @@ class Members:
             member.lose(said or "the connection closed at once")
             transport = os.environ.get("AQUILA_TRANSPORT", "ssh")
             return f"{member.host}: cannot be reached over {transport}: {member.lost_reason}"
-        if member.hello["code"] != code_fingerprint():
+        if member.hello["code"] != source_hash():
             member.lose("another version of the code")
             return (
                 f"{member.host}: {ROOT} holds another version of the code ({member.hello['code']}, here "
-                f"{code_fingerprint()}); bring both to the same commit"
+                f"{source_hash()}); bring both to the same commit"
             )
         return None
 

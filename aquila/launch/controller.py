@@ -31,8 +31,8 @@ class Controller:
     """One run. The request's keys:
 
     nodes: `host`, `slots` and `here` of each; experiment, resume; command and arguments of a rank, between
-    which `--version` comes; environment for the other nodes; node_timeout, rejoin_timeout, max_restarts,
-    min_nodes (None: all).
+    which `--version` comes; environment for the other nodes; settings, the configuration that every rank
+    must find; node_timeout, rejoin_timeout, max_restarts, min_nodes (None: all).
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
@@ -181,6 +181,7 @@ class Controller:
                 master_address=address, master_port=port, address=self.members.address_of(member),
                 command=[*self.request["command"], "--version", self.version, *self.request["arguments"]],
                 environment={} if member.here else self.request["environment"],
+                settings=self.request["settings"],
             )  # fmt: skip
             first_rank += member.slots
 

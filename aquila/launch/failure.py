@@ -32,6 +32,13 @@ def describe_status(status: int) -> str:
     return f"killed by {name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
 
 
+def record_error(record: dict[str, Any]) -> str:
+    """What ended a rank: in its own words, else from its log, all that a signal or an abort leaves."""
+    if own := record.get("own_error"):
+        return _shortened(own.splitlines())
+    return error_text(Path(record["log"]), record["log_offset"])
+
+
 def error_text(log: Path, offset: int = 0) -> str:
     """The end of a rank's log from the error on: the last traceback or 'error:' line, else its last lines."""
     try:
@@ -53,9 +60,13 @@ def error_text(log: Path, offset: int = 0) -> str:
         shown = lines[starts[-1] :]
     else:
         shown = lines[-15:]
-    if len(shown) > LINES_SHOWN:
-        shown = [*shown[:10], f"    ... {len(shown) - LINES_SHOWN} lines left out ...", *shown[-30:]]
-    return "\n".join(line for line in shown if line.strip()) or "(the log is empty)"
+    return _shortened(shown) or "(the log is empty)"
+
+
+def _shortened(lines: list[str]) -> str:
+    if len(lines) > LINES_SHOWN:
+        lines = [*lines[:10], f"    ... {len(lines) - LINES_SHOWN} lines left out ...", *lines[-30:]]
+    return "\n".join(line for line in lines if line.strip())
 
 
 def first_failure(records: list[dict[str, Any]]) -> dict[str, Any] | None:

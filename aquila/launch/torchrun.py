@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from aquila.core.run_folder import read_json
+from aquila.core.variables import LAUNCHED_CONFIG
 from aquila.launch import failure, toolkit
 from aquila.launch.nodes import interface_settings
 from aquila.launch.rank_wrapper import ORDERS, die_with_parent, log_path, record_path
@@ -40,6 +41,8 @@ class Start:
     address: str
     command: list[str]
     environment: dict[str, str]
+    settings: str
+    """The configuration that the launcher checked, as JSON: see `config.compare`."""
 
 
 class Ranks:
@@ -96,6 +99,7 @@ class Ranks:
         environment["PYTHONUNBUFFERED"] = "1"
         environment["PYTHONUTF8"] = "1"  # our files are UTF-8, whatever the node's locale
         environment[MARK] = start.mark
+        environment[LAUNCHED_CONFIG] = start.settings
         orders = {
             "node": start.node,
             "logs": str(self.logs),
@@ -117,7 +121,8 @@ class Ranks:
             if record is None:
                 continue
             if failure.is_failure(record["status"]):
-                record["error"] = failure.error_text(Path(record["log"]), record["log_offset"])
+                record["error"] = failure.record_error(record)
+            record.pop("own_error", None)
             found.append(record)
         return found
 

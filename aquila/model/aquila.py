@@ -5,6 +5,7 @@ H query heads, K key and value heads, D = dim / H head size, V vocabulary. Attri
 the parameter names of the released weights (`layers.0.attention.wq.weight`, ...).
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +127,7 @@ class AquilaModel(nn.Module):
     `attention` is one of auto, fused, triangle, reference. `recompute` says what the checkpointed layers
     (`config.checkpointed_layers`, from the first) compute again in backward: "full", all of the layer, or
     "selective", all but attention. `z_loss` weights the loss's z-term. `seed` sets the first weights
-    (`init_weights`); on device "meta" there are none, with None they are whatever was in memory.
+    (`first_weights`); on device "meta" there are none, with None they are whatever was in memory.
     """
 
     def __init__(
@@ -181,17 +182,36 @@ class AquilaModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Matrices from N(0, initializer_range), norms at one; the same for every device and dtype.
+        """Gives every parameter its first values (`first_weights`)."""
+        draw = self.first_weights(seed)
+        for name, parameter in self.named_parameters():
+            draw(name, parameter)
 
-        Drawn in fp32 on the CPU, parameter after parameter in the order of their names in the model.
+    def first_weights(self, seed: int) -> Callable[[str, Tensor], None]:
+        """What fills a tensor with a parameter's first values: asked for one after the other, in their order.
+
+        Matrices from N(0, initializer_range), norms at one; drawn in fp32 on the CPU, the same for every
+        device and dtype.
         """
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(values.normal_(0.0, self.config.initializer_range, generator=generator))
+        most = max(parameter.numel() for parameter in self.parameters())
+        place: list[
+            Tensor
+        ] = []  # of drawing, the same for all: holes would add up beside the shares of ZeRO-3
+
+        def draw(name: str, values: Tensor) -> None:
+            if values.dim() == 1:
+                values.fill_(1.0)
+                return
+            plain = values.dtype == torch.float32 and values.device.type == "cpu"
+            if not (plain or place):
+                place.append(torch.empty(most, dtype=torch.float32, device="cpu"))
+            drawn = values if plain else place[0][: values.numel()].view(values.shape)
+            drawn.normal_(0.0, self.config.initializer_range, generator=generator)
+            if not plain:
+                values.copy_(drawn)
+
+        return draw
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aquila.core.errors import UserError
+from aquila.core.files import replacing, sync_file, temporary_name
 from aquila.core.text_files import parse_json
 
 _DTYPES = {
@@ -227,8 +228,7 @@ def write_torch(path: Path, infos: dict[str, TensorInfo], produce: Callable[[str
             for name, info in infos.items():
                 file.seek(laid_out[name].untyped_storage()._checkpoint_offset)
                 file.write(as_bytes(_produced(name, info, produce)))
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -238,31 +238,3 @@ def _produced(name: str, info: TensorInfo, produce: Callable[[str], Tensor]) -> 
     tensor = produce(name).detach().to("cpu").contiguous()
     assert (tuple(tensor.shape), tensor.dtype) == (tuple(info.shape), info.dtype), name
     return tensor
-
-
-def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path`, this process's own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-class replacing:  # noqa: N801, read as a verb: with replacing(path) as file
-    """A binary file that takes the place of `path` when the block ends well, and vanishes otherwise."""
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, temporary_name(path)
-
-    def __enter__(self):
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-            if kind is None:
-                os.replace(self.temporary, self.path)
-            else:
-                self.temporary.unlink(missing_ok=True)

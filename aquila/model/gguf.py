@@ -54,7 +54,7 @@ def require_package() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError(f"--to gguf writes with the gguf package, which is not installed: {INSTALL}") from None
+        raise UserError(f"--to gguf needs the gguf package, which is not installed: {INSTALL}") from None
 
 
 def write_gguf(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from aquila.core.errors import UserError
+from aquila.core.files import replacing
 from aquila.core.text_files import read_json
-from aquila.model.files import replacing
 from aquila.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 
 RELEASED_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model")

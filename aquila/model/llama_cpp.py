@@ -75,7 +75,7 @@ class LlamaCpp:
         self.lengths = [0] * self.rows
 
     def logits(self, tokens: Sequence[Sequence[int]], *, every: bool = False) -> np.ndarray:
-        """Logits fp32 (rows, vocabulary) behind the last of each row's new tokens; `every` of one row's: all."""
+        """Logits fp32 (tokens, vocabulary) behind each row's last new token; with `every`, behind all."""
         queue = [
             (token, row, at == len(new) - 1 or every)
             for row, new in enumerate(tokens)

@@ -17,9 +17,10 @@ from aquila.config import ModelConfig, load_model_config
 from aquila.config.strict import validate
 from aquila.core.checkpoints import FOLDER, newest_checkpoint
 from aquila.core.errors import UserError
+from aquila.core.files import replacing
 from aquila.core.text_files import read_json
 from aquila.model import hf
-from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, replacing, write_safetensors
+from aquila.model.files import SafetensorsReader, TensorInfo, TorchReader, write_safetensors
 
 MODEL_KEYS = ("attention", "recompute", "z_loss")
 _DOWNLOAD = (
@@ -154,11 +155,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises `UserError` for what is missing, unexpected, misshapen or damaged; the model is then unchanged,
     unless a damaged file shows itself only while read.
     """
-    weights = Weights(path, model.config)
-    parameters = dict(model.named_parameters())
-    check_names({name: p.shape for name, p in parameters.items()}, weights.info, str(weights.path))
-    for name, parameter in parameters.items():
+    weights = open_weights(model, path)
+    for name, parameter in model.named_parameters():
         weights.read(name, parameter.data)
+
+
+def open_weights(model: nn.Module, path: str | Path) -> Weights:
+    """The weights of a file or folder, once they have been found to fit the model.
+
+    Raises `UserError` for what is missing, unexpected or misshapen.
+    """
+    weights = Weights(path, model.config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_names(expected, weights.info, str(weights.path))
+    return weights
 
 
 @torch.no_grad()
@@ -171,10 +181,8 @@ def load_model(
     if overrides:
         config = validate(ModelConfig, {**config.model_dump(), **overrides}, f"{path} with overrides")
     model = cls(config, device="meta", dtype=dtype, **options)
-    weights = Weights(path, config)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_names(expected, weights.info, str(weights.path))
-    for name, shape in expected.items():
+    weights = open_weights(model, path)
+    for name, shape in [(name, parameter.shape) for name, parameter in model.named_parameters()]:
         model.place(name, weights.read(name, torch.empty(shape, dtype=dtype, device=device)))
     return model
 
@@ -204,23 +212,48 @@ def write_sharded(
     folder: Path, infos: dict[str, TensorInfo], produce: Callable[[str], Tensor], max_shard_bytes: int | None
 ) -> list[Path]:
     """safetensors in shards of at most `max_shard_bytes` (one tensor at least), with Hugging Face's index."""
+    return write_parts(folder, list(_shards(infos, max_shard_bytes)), produce)
+
+
+def write_parts(
+    folder: Path,
+    parts: list[dict[str, TensorInfo]],
+    produce: Callable[[str], Tensor],
+    *,
+    only: int | None = None,
+) -> list[Path]:
+    """One safetensors file for each part, and the index; the files written. A single part needs no index.
+
+    `only`: of several writers, the part that this one writes; the first part's writes the index, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = list(_shards(infos, max_shard_bytes))
-    if len(shards) == 1:
-        path = folder / "model.safetensors"
-        write_safetensors(path, infos, produce)
-        return [path]
-    paths, weight_map = [], {}
-    for number, shard in enumerate(shards, 1):
-        path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(path, shard, produce)
-        paths.append(path)
-        weight_map.update(dict.fromkeys(shard, path.name))
-    total = sum(_bytes(info) for info in infos.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    with replacing(folder / "model.safetensors.index.json") as file:
-        file.write((json.dumps(index, indent=2) + "\n").encode())
+    count = len(parts)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    paths = []
+    for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+        if only in (None, number):
+            write_safetensors(folder / name, part, produce)
+            paths.append(folder / name)
+    if count > 1 and not only:
+        total = sum(_bytes(info) for part in parts for info in part.values())
+        weight_map = {stored: name for name, part in zip(names, parts, strict=True) for stored in part}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        paths.append(folder / "model.safetensors.index.json")
+        with replacing(paths[-1]) as file:
+            file.write((json.dumps(index, indent=2) + "\n").encode())
     return paths
+
+
+def divide(infos: dict[str, TensorInfo], writers: int) -> list[dict[str, TensorInfo]]:
+    """In their order, about as many bytes for each writer: at most `writers` parts, none of them empty."""
+    total, done = sum(map(_bytes, infos.values())), 0
+    parts: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        parts.setdefault(done * writers // total, {})[name] = info
+        done += _bytes(info)
+    return list(parts.values())
 
 
 def _bytes(info: TensorInfo) -> int:

@@ -47,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._strip_first_space
 
     def pieces(self) -> list[Piece]:
-        """The model's entries in the order of their ids; kind 1 is text, 2 unknown, 3 control, 5 unused, 6 a byte."""
+        """The entries in the order of their ids; kind 1 is text, 2 unknown, 3 control, 5 unused, 6 a byte."""
         model = self._model
         kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
         return [

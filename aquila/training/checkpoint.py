@@ -1,10 +1,10 @@
 """Checkpoints: written whole or not at all, while training goes on.
 
-A checkpoint `checkpoints/step-00001000/` holds the model folder of that step (`model.safetensors`,
-`config.json`, the tokenizer's files: `generate.py` and `AquilaModel.from_pretrained` take it as it is),
-`deepspeed/` with each rank's share of master weights and optimizer state, `rng/` with each rank's random
-state, `state.json`, `data_order.json` with the samples consumed so far, and `manifest.json` with size
-and checksum of every file.
+A checkpoint `checkpoints/step-00001000/` holds the model folder of that step (`model.safetensors`, under
+ZeRO-3 a part from each rank with an index; `config.json`, the tokenizer's files: `generate.py` and
+`AquilaModel.from_pretrained` take it as it is), `deepspeed/` with each rank's share of master weights and
+optimizer state, `rng/` with each rank's random state, `state.json`, `data_order.json` with the samples
+consumed so far, and `manifest.json` with size and checksum of every file.
 
 `begin` copies the state into host memory and starts a thread that writes, syncs and sums this rank's
 files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
@@ -35,12 +35,12 @@ from aquila.core.checkpoints import (
     list_checkpoints,
     step_folder,
     step_of,
-    sync,
-    write_atomically,
 )
-from aquila.model.weights import save_weights
-from aquila.training.deepspeed.checkpoint_engine import to_host
-from aquila.training.deepspeed.engine import SHARDS, Engine, on_first_rank
+from aquila.core.files import sync, write_atomically
+from aquila.model.files import TensorInfo
+from aquila.model.weights import write_parts
+from aquila.training.deepspeed.engine import SHARDS, Engine
+from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.resume import launch_id
 from aquila.training.rng import random_state
 from aquila.training.state import TrainState
@@ -106,15 +106,14 @@ class Checkpointer:
         if save.problem:
             return
         run = self._effective.run
-        weights = self._engine.weights()  # with ZeRO-3 all ranks together
-        weights = to_host(weights) if self._rank == 0 else None
+        weights, parts = self._engine.weights()
         shards = self._engine.snapshot_shards(partial) if run.save_optim else []
         generators = random_state() if run.save_rng else None
         facts = self._facts(state)
 
         def write() -> None:
             try:
-                self._write(save, weights, shards, generators, facts)
+                self._write(save, weights, parts, shards, generators, facts)
             except Exception as error:  # a full disk comes as OSError or, from torch, as RuntimeError
                 save.problem = f"{type(error).__name__}: {error}"
 
@@ -173,22 +172,24 @@ class Checkpointer:
     def _write(
         self,
         save: _Save,
-        weights: dict[str, torch.Tensor] | None,
+        weights: dict[str, torch.Tensor],
+        parts: list[dict[str, TensorInfo]],
         shards: list,
         generators: dict[str, Any] | None,
         facts: dict[str, Any],
     ) -> None:
-        """This rank's files: its random state, its shards, and the model folder from rank 0."""
+        """This rank's files: its weights, random state and shards; rank 0's the rest of the model folder."""
         mine = []
-        if weights is not None:
-            before = set(save.partial.iterdir())
-            save_weights(weights, save.partial)
+        if weights:
+            mine += write_parts(save.partial, parts, weights.__getitem__, only=self._rank)
+        if self._rank == 0:
             for name in MODEL_FILES:
                 if (self._effective.model_dir / name).is_file():
-                    shutil.copyfile(self._effective.model_dir / name, save.partial / name)
+                    mine.append(save.partial / name)
+                    shutil.copyfile(self._effective.model_dir / name, mine[-1])
             for name, text in {**self._beside, STATE: json.dumps(facts, indent=1)}.items():
-                (save.partial / name).write_text(text, encoding="utf-8")
-            mine += [path for path in save.partial.iterdir() if path.is_file() and path not in before]
+                mine.append(save.partial / name)
+                mine[-1].write_text(text, encoding="utf-8")
         if generators is not None:
             mine.append(save.partial / "rng" / f"rank-{self._rank:05d}.pt")
             torch.save(generators, mine[-1])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aquila.core.checkpoints import write_atomically
+from aquila.core.files import write_atomically
 from aquila.core.text_files import parse_json
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import StepResult

@@ -17,12 +17,13 @@ from aquila.core.checkpoints import (
     read_state,
     set_aside,
     step_of,
-    write_atomically,
 )
 from aquila.core.errors import UserError
+from aquila.core.files import write_atomically
 from aquila.core.text_files import is_finite
 from aquila.training.console import say
-from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal, on_first_rank
+from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal
+from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.deepspeed.safe_load import load
 from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState

@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from aquila.core.checkpoints import write_atomically
 from aquila.core.errors import EXIT_FAILURE
+from aquila.core.files import write_atomically
 from aquila.training.console import say
 
 _GRACE = 3.0

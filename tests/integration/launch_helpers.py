@@ -74,6 +74,7 @@ def standin_request(experiment: str = "exp", **changes: Any) -> dict[str, Any]:
         "command": [sys.executable, str(STANDIN)],
         "arguments": [str(steps), str(seconds), experiment, *changes.pop("overrides", [])],
         "environment": {},
+        "settings": "",
         "node_timeout": 60.0,
         "rejoin_timeout": 30.0,
         "max_restarts": 0,

@@ -57,6 +57,7 @@ def test_traffic_of_two_ranks_is_the_formulas(root, way):
     assert result["counted"] == pytest.approx(result["formula"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(fp8.problem() is not None, reason=str(fp8.problem()))
 def test_our_step_with_float8_layers(root):
     result = run(root, "benchmarks/train_step.py", *SMALL, "ours-fp8")

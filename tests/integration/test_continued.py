@@ -148,6 +148,7 @@ def test_a_steered_run_stops_twice_and_goes_on_exactly(project: Path) -> None:
     assert SECOND in shown
 
 
+@pytest.mark.slow
 def test_a_ramp_sees_what_one_batch_of_each_size_would(project: Path) -> None:
     """Step by step the loss and norm of the mean over that step's samples, in one process and in two."""
     options = ["precision=bf16", "train_iters=4", "eval_interval=0"]

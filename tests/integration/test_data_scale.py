@@ -50,6 +50,7 @@ def measure(root):
     return run
 
 
+@pytest.mark.slow
 def test_ten_billion_tokens(measure, tmp_path):
     large = sparse_corpus(tmp_path / "large", 10_000_000)
     small = sparse_corpus(tmp_path / "small", 1_000_000)

@@ -23,6 +23,7 @@ def project(tmp_path_factory) -> Path:
     return make_project(tmp_path_factory.mktemp("fp8"))
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_run_in_float8_goes_on_exactly_and_leaves_a_plain_model(project: Path) -> None:
     """With a layer recomputed. Its first loss is near bf16's, and not the same."""

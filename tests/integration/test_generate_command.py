@@ -104,6 +104,7 @@ def test_a_long_line_is_refused_or_slides(run):
     assert answer["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.slow
 def test_full_context_is_said(run):
     settings = ("--max-new-tokens", 500, "--temperature", 2, "--seed", 1)
     answer = json.loads(run("--prompt", "one", *settings, "--json")[0])

@@ -270,9 +270,84 @@ def test_a_bad_request_is_explained(server, name, body, status, message):
     assert state(server) == (0, 0)
 
 
+CONVERSATION = [
+    {"role": "system", "content": "Count."},
+    {"role": "user", "content": "one plus 三"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": [{"type": "text", "text": "two "}, {"type": "text", "text": "plus 二"}]},
+]
+AS_TEXT = "Count.###Human: one plus 三###Assistant: four###Human: two plus 二###Assistant:"
+
+
+def test_chat_is_the_completion_of_the_conversations_text(server, client, name):
+    plain = client.completions.create(model=name, prompt=AS_TEXT, max_tokens=24, stop=["###"])
+    body = {"model": name, "messages": CONVERSATION, "max_tokens": 24}
+    status, got = post(server, json.dumps(body), path="/v1/chat/completions")
+    assert (status, got["object"]) == (200, "chat.completion")
+    assert got["id"].startswith("chatcmpl-")
+    (choice,) = got["choices"]
+    assert choice["message"] == {"role": "assistant", "content": plain.choices[0].text.removeprefix(" ")}
+    assert choice["finish_reason"] == plain.choices[0].finish_reason
+    assert got["usage"]["prompt_tokens"] == plain.usage.prompt_tokens
+    by_library = client.chat.completions.create(model=name, messages=CONVERSATION, max_completion_tokens=24)
+    assert by_library.choices[0].message.content == choice["message"]["content"]
+
+
+def test_chat_streams_over_plain_http(server, name):
+    body = {
+        "model": name, "messages": CONVERSATION[1:2], "max_tokens": 30, "temperature": 1.2, "seed": 3,
+        "n": 2, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+    head = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), head)
+    response = connection.getresponse()
+    assert response.getheader("Content-Type").startswith("text/event-stream")
+    lines = [line for line in response.read().decode().split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] > 0
+    choices = [event["choices"][0] for event in events[:-1]]
+    body |= {"stream": False, "stream_options": None}
+    _, whole = post(server, json.dumps(body), path="/v1/chat/completions")
+    for number in range(2):
+        parts = [choice for choice in choices if choice["index"] == number]
+        assert parts[0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(part["delta"].get("content", "") for part in parts)
+        assert text == whole["choices"][number]["message"]["content"]
+        assert [part["finish_reason"] is None for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 0: role"),
+        ({"messages": [{"role": "user"}]}, "message 0: content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 0: content"),
+        ({"messages": CONVERSATION[:3]}, "must be the user's"),
+        ({"messages": [{"role": "user", "content": "word " * 20_000}]}, "context holds"),
+        ({"tools": [{}]}, "tools is not offered"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs is not offered"),
+        ({"max_tokens": 5000}, "at most"),
+        ({"mesages": []}, "did you mean 'messages'"),
+    ],
+)
+def test_a_bad_conversation_is_explained(server, name, changes, message):
+    body = {"model": name, "messages": CONVERSATION, **changes}
+    status, content = post(server, json.dumps(body), path="/v1/chat/completions")
+    assert (status, set(content)) == (400, {"error"})
+    assert message in content["error"]["message"]
+    assert state(server) == (0, 0)
+
+
 def test_other_paths_methods_and_types_are_explained(server):
-    assert post(server, b"{}", path="/v1/chat/completions")[0] == 404
-    assert "base model" in post(server, b"{}", path="/v1/chat/completions")[1]["error"]["message"]
+    assert post(server, b"{}", path="/v1/embeddings")[0] == 404
+    assert "/v1/chat/completions" in post(server, b"{}", path="/v1/embeddings")[1]["error"]["message"]
     assert post(server, b"{}", path="/v1/models")[0] == 405
     assert post(server, b"{}", headers={"Content-Type": "text/plain"})[0] == 415
 

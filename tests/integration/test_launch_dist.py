@@ -315,6 +315,7 @@ def test_a_node_that_stays_away_is_left_out(cluster: Cluster) -> None:
     cluster.assert_clear()
 
 
+@pytest.mark.slow
 def test_too_few_nodes_left_says_so(cluster: Cluster) -> None:
     request = cluster.request(node_timeout=4, max_restarts=2, rejoin_timeout=4, **LONG)
     process = cluster.start(request)

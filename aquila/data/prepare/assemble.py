@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from aquila.core.errors import UserError
-from aquila.data.indexfile import bin_path, idx_path, sync, write_index
+from aquila.core.files import sha256, sync_file
+from aquila.data.indexfile import bin_path, idx_path, write_index
 from aquila.data.meta import meta_path, write_meta
 from aquila.data.prepare.encode import Part
 
@@ -155,15 +156,15 @@ class Assembly:
         """
         indexes = [self._folder / f"{i}.idx" for i in range(len(self._prefixes))]
         for i, index in enumerate(indexes):
-            sync(self._bins[i])
+            sync_file(self._bins[i])
             self._lengths[i].flush()
             lengths = np.fromfile(self._folder / f"{i}.lengths", "<i4", self.state["documents"])
             with index.open("wb") as file:
                 write_index(file, lengths)
-                sync(file)
+                sync_file(file)
         for i, (prefix, meta) in enumerate(zip(self._prefixes, metas, strict=True)):
             meta["bin_sha256"] = self._digests[i].hexdigest()
-            meta["idx_sha256"] = _file_checksum(indexes[i])
+            meta["idx_sha256"] = sha256(indexes[i])
             idx_path(prefix).unlink(missing_ok=True)
             meta_path(prefix).unlink(missing_ok=True)
             _give_name(self._folder / f"{i}.bin", bin_path(prefix))
@@ -171,7 +172,7 @@ class Assembly:
             _give_name(self._folder / f"{i}.meta", meta_path(prefix))
             _give_name(indexes[i], idx_path(prefix))
         if self.state["rejected"]:
-            sync(self._rejects)
+            sync_file(self._rejects)
             _give_name(self._folder / "rejects.jsonl", rejects_name)
         else:
             rejects_name.unlink(missing_ok=True)
@@ -193,11 +194,3 @@ def _give_name(path: Path, name: Path) -> None:
     except OSError:  # a file system without second names: the run would begin anew
         second = path
     os.replace(second, name)
-
-
-def _file_checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_COPY):
-            digest.update(chunk)
-    return digest.hexdigest()

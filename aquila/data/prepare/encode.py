@@ -1,6 +1,5 @@
 """One worker's task: a block in, a part out."""
 
-import hashlib
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -81,12 +80,3 @@ class Encoder:
         data = tokens.astype("<i4", copy=False).tobytes()
         lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, -1)
         return Encoded(data, lengths.astype("<i4").tobytes(), lowest, highest, zlib.crc32(data))
-
-
-def checksum(path: str) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

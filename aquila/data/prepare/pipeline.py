@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from aquila.core.errors import UserError
+from aquila.core.files import sha256
 from aquila.data.meta import make_meta, tokenizer_facts
 from aquila.data.prepare.assemble import Assembly
 from aquila.data.prepare.blocks import BLOCK_BYTES, Block, cut
 from aquila.data.prepare.documents import Reading
-from aquila.data.prepare.encode import Encoder, Part, checksum
+from aquila.data.prepare.encode import Encoder, Part
 from aquila.data.prepare.inputs import Source, find_sources
 from aquila.data.prepare.pool import run_tasks
 from aquila.data.prepare.progress import Progress
@@ -140,7 +141,7 @@ def _append_parts(
     encoder = Encoder(tokenizer, _reading(request), request.allow_special)
 
     def work(task: Block | _Checksum) -> Part | str:
-        return checksum(task.source.path) if isinstance(task, _Checksum) else encoder.encode(task)
+        return sha256(task.source.path) if isinstance(task, _Checksum) else encoder.encode(task)
 
     blocks = cut(sources, text_lines=request.text_lines, columns=request.keys)
     done = sum(block.weight for block in islice(blocks, assembly.resumed_parts))

@@ -1,4 +1,4 @@
-"""An endpoint that speaks the OpenAI completions protocol, on FastAPI and uvicorn."""
+"""An endpoint that speaks the OpenAI protocol (completions and chat), on FastAPI and uvicorn."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,15 @@ from aquila.core.errors import UserError
 from aquila.generation.answers import Answer, Writer, encode_prompt, stop_ids
 from aquila.generation.chat import Session
 from aquila.generation.decode import Decoder
-from aquila.generation.http.protocol import CompletionRequest, Reply, RequestError, error_content, parse
+from aquila.generation.http.protocol import (
+    ChatReply,
+    ChatRequest,
+    CompletionRequest,
+    Reply,
+    RequestError,
+    error_content,
+    parse,
+)
 from aquila.generation.http.scheduler import BusyError, Job, Scheduler
 
 try:
@@ -27,6 +35,7 @@ except ImportError as error:
     ) from None
 
 
+Asked = CompletionRequest | ChatRequest
 _DRAINED = 16
 """Times the limit that is read of a request that is too large."""
 GRACE_SECONDS = 5
@@ -131,8 +140,9 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
     @app.exception_handler(404)
     async def unknown_path(request: Request, error: Exception) -> JSONResponse:
         message = (
-            f"no such path {request.url.path}: this is a base model, and POST /v1/completions goes on with a "
-            "text; GET /v1/models and GET /health are here as well"
+            f"no such path {request.url.path}: POST /v1/completions goes on with a text, "
+            "POST /v1/chat/completions answers in a conversation; "
+            "GET /v1/models and GET /health tell the rest"
         )
         return JSONResponse(error_content(message, None, "invalid_request_error", "not_found"), 404)
 
@@ -155,19 +165,28 @@ def make_app(session: Session, limits: Limits) -> FastAPI:
         _check_model(asked, name)
         return _model_entry(name)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
+    async def answer(
+        request: Request, kind: type[CompletionRequest] | type[ChatRequest], reply: Reply
+    ) -> Response:
         try:
             body = await asyncio.wait_for(_body(request, limits.body_bytes), limits.body_seconds)
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {limits.body_seconds:g} s"
             raise RequestError(message, None, 408) from None
-        asked = parse(body)
+        asked = parse(body, kind)
         _check_model(asked.model, name)
         scheduler: Scheduler = app.state.scheduler
         # Tokenizing a huge text takes a while, during which others shall be answered.
         answers = await asyncio.to_thread(_answers, asked, session, scheduler)
-        return await _respond(request, asked, answers, session, scheduler, name)
+        return await _respond(request, asked, answers, session, scheduler, reply)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, CompletionRequest, Reply(name))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, ChatRequest, ChatReply(name))
 
     return app
 
@@ -209,34 +228,36 @@ def _is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("::1", "localhost")
 
 
-def _answers(asked: CompletionRequest, session: Session, scheduler: Scheduler) -> list[Answer]:
+def _answers(asked: Asked, session: Session, scheduler: Scheduler) -> list[Answer]:
     """One answer for each prompt and choice. Raises `RequestError` for what the model cannot take."""
     tokenizer, context = session.loaded.tokenizer, scheduler.decoder.context
     prompts, choices = asked.prompts(), asked.n or 1
+    field = "messages" if isinstance(asked, ChatRequest) else "prompt"
     if len(prompts) * choices > scheduler.capacity:
         raise RequestError(
             f"{len(prompts)} prompts with n={choices} are more than the {scheduler.capacity} answers that "
             "this endpoint takes at once; send fewer",
-            "prompt",
+            field,
         )
     answers = []
     for place, prompt in enumerate(prompts):
         text = prompt if isinstance(prompt, str) else None
         try:
             ids = encode_prompt(tokenizer, prompt) if text is not None else prompt
+            room = context - len(ids)
             for number in range(choices):
-                sampling = asked.sampling(session.sampling, number)
+                sampling = asked.sampling(session.sampling, number, max(room, 0))
                 sequence = scheduler.decoder.sequence(ids, sampling)
                 shown = text if text is not None else tokenizer.decode(ids)
                 answers.append(Answer(shown, sequence, prompt_number=place))
         except UserError as error:
             code = "context_length_exceeded" if len(ids) >= context else None
-            raise RequestError(str(error), "prompt", code=code) from None
-        room = context - len(ids)
-        if (asked.max_tokens or 0) > room and not session.sliding:
+            raise RequestError(str(error), field, code=code) from None
+        new = asked.asked_tokens() or 0
+        if new > room and not session.sliding:
             raise RequestError(
                 f"the model's context holds {context} tokens; the prompt has {len(ids)}, so that max_tokens "
-                f"can be at most {room} (got {asked.max_tokens})",
+                f"can be at most {room} (got {new})",
                 "max_tokens",
                 code="context_length_exceeded",
             )
@@ -245,11 +266,11 @@ def _answers(asked: CompletionRequest, session: Session, scheduler: Scheduler) -
 
 async def _respond(
     request: Request,
-    asked: CompletionRequest,
+    asked: Asked,
     answers: list[Answer],
     session: Session,
     scheduler: Scheduler,
-    name: str,
+    reply: Reply,
 ) -> Response:
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[tuple[int, str, str | None]] = asyncio.Queue()
@@ -265,7 +286,6 @@ async def _respond(
         message = "too many answers are waiting; try again in a moment"
         content = error_content(message, None, "rate_limit_error", "busy")
         return JSONResponse(content, 429, headers={"Retry-After": "1"})
-    reply = Reply(name)
     if asked.stream:
         events = _events(asked, answers, pieces, scheduler, job, reply)
         return StreamingResponse(
@@ -277,9 +297,9 @@ async def _respond(
 async def _events(asked, answers, pieces, scheduler, job, reply) -> AsyncIterator[str]:
     """Server-sent events; when the client leaves, the answers end."""
     try:
-        if asked.echo:
-            for index, answer in enumerate(answers):
-                yield _event(reply.chunk(index, answer.prompt, None))
+        for index, answer in enumerate(answers):
+            for part in reply.opening(index, answer.prompt, bool(asked.echo)):
+                yield _event(part)
         open_answers = len(answers)
         while open_answers:
             index, text, reason = await pieces.get()

@@ -15,7 +15,7 @@ class Snapshot(NamedTuple):
     path: Path
 
 
-class Taker:
+class InMemoryCheckpointEngine:
     """Stands in for DeepSpeed's writer of checkpoints: takes copies instead of writing files."""
 
     def __init__(self, taken: list[Snapshot]) -> None:

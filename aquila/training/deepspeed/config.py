@@ -45,6 +45,9 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors (norms) without, as in the original recipe."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        # Divided by ZeRO-3 it is flat, and its own shape stands beside it.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else vectors).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

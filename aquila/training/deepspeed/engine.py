@@ -13,26 +13,31 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
 from aquila.core.errors import EXIT_USER_ERROR, UserError
-from aquila.training.deepspeed.checkpoint_engine import Snapshot, Taker
+from aquila.model.files import TensorInfo
+from aquila.training.deepspeed.checkpoint_engine import InMemoryCheckpointEngine, Snapshot, to_host
 from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.patches import why_not_blockwise
 from aquila.training.deepspeed.safe_load import safely
-from aquila.training.deepspeed.zero_step import make_lean
+from aquila.training.deepspeed.sharded_model import (
+    own_weights,
+    share_is_altered,
+    weight_infos,
+    whole_parameters,
+)
+from aquila.training.deepspeed.zero_step import step_in_use, use_blockwise_step, why_not
 from aquila.training.nonfinite import GradientCheck
 
-Result = TypeVar("Result")
-_TELL_SECONDS = 1.0
 SHARDS = "deepspeed"
 """Folder inside a checkpoint that holds each rank's share of master weights and optimizer state."""
 
@@ -117,36 +122,6 @@ def processes(communication: str, device: torch.device, timeout: float = 1800) -
             dist.destroy_process_group()
 
 
-def on_first_rank(function: Callable[[], Result], alive: Callable[[], None] = lambda: None) -> Result:
-    """What `function` returns on rank 0, on every rank; its `UserError` is raised on every rank.
-
-    It may take longer than the group's timeout: rank 0 tells the others every second that it goes on, and
-    each calls `alive`.
-    """
-    first = dist.get_rank() == 0
-    with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
-        work = pool.submit(function) if first else None
-        while True:
-            outcome: list[Any] = [False, None, None]
-            if work is not None and wait([work], timeout=_TELL_SECONDS).done:
-                outcome = [True, *_result(work)]
-            dist.broadcast_object_list(outcome, src=0)
-            done, result, problem = outcome
-            if done:
-                break
-            alive()
-    if problem is not None:
-        raise UserError(problem)
-    return result
-
-
-def _result(work: Future) -> tuple[Any, str | None]:
-    try:
-        return work.result(), None
-    except UserError as error:
-        return None, str(error)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -205,13 +180,41 @@ class Engine:
         self.alive: Callable[[], None] = lambda: None
         """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
-        seen = self._stage in (1, 2) and make_lean(self._engine.optimizer, self._gradients)
+        seen, self.zero_step = self._choose_step(effective)
         if world_size > 1 and not seen:
             self._gradients.watch(model.parameters())
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
         if hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
+
+    def _choose_step(self, effective: EffectiveConfig) -> tuple[bool, str]:
+        """Whether the gradient check sees gradients by itself, and a line on whose optimizer step runs."""
+        import deepspeed
+
+        asked, zero = effective.run.zero_step, self._engine.optimizer
+        reason = "asked for" if asked == "deepspeed" else why_not_blockwise(deepspeed.__version__)
+        if reason is None:
+            reason = "ZeRO-3" if self._stage == 3 else why_not(zero)
+        if reason is not None and asked == "blockwise":
+            raise UserError(f"zero_step blockwise is not possible: {reason}; leave it at auto")
+        seen = use_blockwise_step(zero, self._gradients) if reason is None else False
+        words = f"optimizer step: {'deepspeed' if self._stage == 3 else step_in_use(zero)}"
+        if reason is not None and asked != "deepspeed":
+            words += f" ({reason})"
+        if ignored := self._ignored(effective, seen):
+            words += f"; not used by it: {', '.join(ignored)}"
+        return seen, words
+
+    def _ignored(self, effective: EffectiveConfig, exchanged: bool) -> list[str]:
+        """Keys of zero_optimization that the user gave and the chosen step does not look at."""
+        given = effective.deepspeed.get("zero_optimization", {})
+        if self._stage == 3 or step_in_use(self._engine.optimizer) != "blockwise":
+            return []
+        unused = {"allgather_bucket_size", "allgather_partitions"}
+        if exchanged or self.world_size == 1:
+            unused |= {"reduce_bucket_size", "overlap_comm", "reduce_scatter"}
+        return sorted(unused & given.keys())
 
     @property
     def loss_scale(self) -> float:
@@ -342,25 +345,29 @@ class Engine:
         return table.cpu().view(torch.float64).view(self.world_size, len(values)).t().tolist()
 
     def diverged_ranks(self) -> list[int]:
-        """Ranks whose weights are not, bit for bit, the majority's; none under ZeRO-3, which divides them."""
+        """Ranks whose weights are not, bit for bit, the majority's. All ranks together.
+
+        Under ZeRO-3 also those whose share is not what their master weights round to.
+        """
+        parameters, altered = self.model.named_parameters(), False
         if self._stage == 3:
-            return []
-        integer = {2: torch.int16, 4: torch.int32}
-        sums = [
-            p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64) for p in self.model.parameters()
-        ]
+            parameters, altered = whole_parameters(self.model), share_is_altered(self._engine.optimizer)
         # Weighted by place, so that two changes do not cancel; wraps around like any checksum.
-        weighted = sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % (1 << 52)
-        (checksums,) = self.gather(float(weighted))
+        sums = (bit_sum(p) * (2 * i + 1) for i, (_, p) in enumerate(parameters))
+        checksums, altered_ranks = self.gather(float(sum(sums) % (1 << 52)), altered)
         common = max(set(checksums), key=checksums.count)
-        return [rank for rank, checksum in enumerate(checksums) if checksum != common]
+        return [
+            rank
+            for rank, (checksum, altered) in enumerate(zip(checksums, altered_ranks, strict=True))
+            if checksum != common or altered
+        ]
 
     def snapshot_shards(self, folder: Path) -> list[Snapshot]:
         """This rank's share of master weights and optimizer state, as copies in host memory to be written
         below `folder`/deepspeed. All ranks together."""
         taken: list[Snapshot] = []
         writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
-        self._engine.checkpoint_engine = Taker(taken)
+        self._engine.checkpoint_engine = InMemoryCheckpointEngine(taken)
         # The weights are saved beside, as a model folder that any tool reads; not a second time here.
         self._engine.module_state_dict = lambda **options: {}
         self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder
@@ -392,11 +399,21 @@ class Engine:
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights in the training dtype; with ZeRO-3 on rank 0 alone, elsewhere nothing."""
-        if self._stage < 3:
-            return dict(self.model.state_dict())
-        return self._engine._zero3_consolidated_16bit_state_dict() or {}
+    def weights(self) -> tuple[dict[str, torch.Tensor], list[dict[str, TensorInfo]]]:
+        """This rank's part of all weights, as copies in host memory, and what each rank's part holds.
+
+        Under ZeRO-3 about the same for every rank; else rank 0 has them all. All ranks together.
+        """
+        if self._stage == 3:
+            return own_weights(self.model, dist.get_rank(), self.world_size)
+        weights = dict(self.model.named_parameters()) if dist.get_rank() == 0 else {}
+        return to_host(weights), [weight_infos(self.model)]
+
+
+def bit_sum(values: torch.Tensor) -> int:
+    """The sum of a tensor's numbers read as integers."""
+    integer = {2: torch.int16, 4: torch.int32}[values.element_size()]
+    return int(values.detach().view(integer).sum(dtype=torch.int64))
 
 
 def make_universal(shards: Path, folder: Path) -> None:

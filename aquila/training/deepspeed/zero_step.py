@@ -3,8 +3,16 @@
 DeepSpeed joins a rank's gradients into one tensor, casts it to fp32, scales it, steps and casts the weights
 back: each a pass over memory, and 4 bytes a parameter more at the fullest moment. Here a block after the
 other goes through all of that while it is in the cache. Norm and overflow are one pass, in which the norm
-shows the overflow; DeepSpeed makes three, one of them over an fp64 copy. Same arithmetic, same order: the
-weights are, bit for bit, those of DeepSpeed's own step with the same norm. A world of one reduces nothing.
+shows the overflow; DeepSpeed makes three, one of them over an fp64 copy. A world of one reduces nothing.
+
+Same arithmetic, same order: the weights are, bit for bit, those of DeepSpeed's own step, with three
+exceptions. Where gradients are clipped, the norm's last digits enter, and ours is summed in another order.
+In fp16, on a step that raises the loss scale, DeepSpeed divides by the raised scale, which halves the
+gradient; here gradients are divided by the scale that the loss was multiplied by. And on CPUs the mean over
+ranks is rounded once (`gradient_exchange.py`), not once for each rank.
+
+Frozen: the order of operations on each element. Free: blocks and everything around them.
+Guarded by: tests/integration/test_blockwise_step.py.
 """
 
 from collections.abc import Iterator
@@ -24,18 +32,30 @@ LARGE_BLOCK = 1 << 26
 """On other devices: few launches, little memory."""
 
 
-def make_lean(zero: Any, check: GradientCheck) -> bool:
+def step_in_use(zero: Any) -> str:
+    """blockwise, or deepspeed: whose step the optimizer takes."""
+    return "blockwise" if isinstance(getattr(zero.step, "__self__", None), BlockwiseStep) else "deepspeed"
+
+
+def why_not(zero: Any) -> str | None:
+    """Why DeepSpeed's ZeRO-1/2 optimizer must keep its own step, or None where it need not."""
+    if zero.cpu_offload:
+        return "the optimizer is offloaded"
+    if not (isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")):
+        return "the optimizer is not torch's fused AdamW"
+    # In fp32 DeepSpeed looks at the norm alone, which shows an overflow as well.
+    checked = zero.check_grad_overflow or zero.dtype != torch.bfloat16
+    plain = checked and zero.compute_grad_norm and not zero.has_moe_layers and not zero.zenflow
+    return None if plain else "deepspeed.json asks for what it cannot do"
+
+
+def use_blockwise_step(zero: Any, check: GradientCheck) -> bool:
     """Gives DeepSpeed's ZeRO-1/2 optimizer the step of this file; returns whether `check` sees gradients.
 
-    It keeps its own step with offloading, and with any optimizer but torch's fused AdamW. On CPUs the ranks'
-    gradients are averaged by `Exchange`, which looks at them, too.
+    Only where `why_not` has no reason against it. On CPUs the ranks' gradients are averaged by `Exchange`,
+    which looks at them, too.
     """
-    torch_adamw = isinstance(zero.optimizer, torch.optim.AdamW) and zero.optimizer.defaults.get("fused")
-    plain = zero.check_grad_overflow and zero.compute_grad_norm and not zero.has_moe_layers
-    if zero.cpu_offload or zero.zenflow or not (torch_adamw and plain):
-        return False
-    lean = _LeanStep(zero, zero.step)
-    zero.step = lean.step
+    zero.step = BlockwiseStep(zero, zero.step).step
     groups = range(len(zero.bit16_groups))
     kept_as_they_are = not (
         zero.use_grad_accum_attribute or any(map(zero._use_compact_grad_partition_buffer, groups))
@@ -49,7 +69,7 @@ def make_lean(zero: Any, check: GradientCheck) -> bool:
     return not alone
 
 
-class _LeanStep:
+class BlockwiseStep:
     """Norm, clipping and AdamW over the averaged gradients that a ZeRO optimizer holds."""
 
     def __init__(self, zero: Any, original_step: Any) -> None:

@@ -188,6 +188,7 @@ def test_a_rank_asleep_ends_the_run_and_is_named(project: Path) -> None:
     assert "fault_rank.py" in output
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_even_answer_is_named(project: Path) -> None:
     process = start(project, "frozen", *SHORT[1:], "train_iters=100000", "hang_timeout=6")
     try:
@@ -206,6 +207,7 @@ def test_a_diverged_replica_is_found(project: Path) -> None:
     assert "the weights of rank(s) [1] differ" in output
 
 
+@pytest.mark.slow
 def test_a_clock_set_back_changes_nothing(project: Path) -> None:
     status, output = train(project, "clock", *SHORT, fault="clock:3:0")
     assert status == 0, output

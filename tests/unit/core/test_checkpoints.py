@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aquila.core.checkpoints import damage, fingerprint, list_checkpoints, write_atomically
+from aquila.core.checkpoints import damage, fingerprint, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.training.resume import find_resume
 
@@ -83,9 +83,3 @@ def test_checkpoints_sort_by_step_and_partial_ones_do_not_count(tmp_path: Path) 
         "step-00000010",
         "step-100000000",
     ]
-
-
-def test_an_atomic_write_leaves_only_the_new_text(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "latest", "a")
-    write_atomically(tmp_path / "latest", "b")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"latest": "b"}

@@ -71,3 +71,18 @@ def test_a_long_error_keeps_its_beginning_and_its_end(tmp_path: Path) -> None:
     assert lines[0] == "error: begins"
     assert lines[-1] == "ends"
     assert len(lines) <= failure.LINES_SHOWN + 1
+
+
+def test_a_rank_s_own_words_come_before_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Traceback (most recent call last):\nOSError: an exporter's, caught\n")
+    left = {
+        "log": str(log),
+        "log_offset": 0,
+        "own_error": "Traceback (most recent call last):\nKeyError: 1\n",
+    }
+    assert failure.record_error(left).splitlines()[-1] == "KeyError: 1"
+    assert failure.record_error({**left, "own_error": None}).endswith("an exporter's, caught")
+    shown = failure.record_error({**left, "own_error": "\n".join(map(str, range(1000)))}).splitlines()
+    assert len(shown) <= failure.LINES_SHOWN + 1
+    assert (shown[0], shown[-1]) == ("0", "999")

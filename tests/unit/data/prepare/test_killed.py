@@ -13,7 +13,7 @@ from aquila.data.verify import verify_dataset
 from aquila.tokenizer import load_tokenizer
 
 KILLED = 9
-STEPS = ("sync", "_give_name", "write_meta", "write_index")
+STEPS = ("sync_file", "_give_name", "write_meta", "write_index")
 
 
 @pytest.fixture

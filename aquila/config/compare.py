@@ -1,0 +1,51 @@
+"""The configuration that the launcher checked and the one that a rank reads: they must be one and the same.
+
+Both read the same files, each on its own machine and at its own moment: an edited file, a second copy on
+another node, or a package of another release may lie between. Training with settings that nobody checked
+would show weeks later.
+"""
+
+import json
+import os
+from typing import Any
+
+from aquila.config.effective import EffectiveConfig
+from aquila.core.errors import UserError
+from aquila.core.variables import LAUNCHED_CONFIG
+
+_ABSENT = "nothing"
+
+
+def settings_of(effective: EffectiveConfig) -> dict[str, Any]:
+    """Every value that a run computes with, by a name that says where it stands; plain JSON values."""
+    parts = {
+        "": effective.run.model_dump(mode="json"),
+        "config.json: ": effective.model.model_dump(mode="json"),
+        "deepspeed.json: ": effective.deepspeed,
+        "deepspeed.json: fp16.": effective.fp16,
+    }
+    values = {f"{where}{key}": value for where, part in parts.items() for key, value in part.items()}
+    return json.loads(json.dumps(values))
+
+
+def check_launched(effective: EffectiveConfig) -> None:
+    """Compares with what the launcher checked, where there was one.
+
+    Raises `UserError` naming each key that differs, with both values.
+    """
+    told = os.environ.get(LAUNCHED_CONFIG)
+    if not told:
+        return
+    launched, here = json.loads(told), settings_of(effective)
+    differing = [
+        f"{key} was {launched.get(key, _ABSENT)!r} for the launcher and is {here.get(key, _ABSENT)!r} here"
+        for key in {**launched, **here}
+        if launched.get(key, _ABSENT) != here.get(key, _ABSENT)
+    ]
+    if differing:
+        raise UserError(
+            "this rank reads another configuration than the launcher checked: "
+            + "; ".join(differing)
+            + f". Were {effective.config_path}, {effective.model_dir / 'config.json'} or deepspeed.json "
+            "changed meanwhile, or do the nodes hold different copies? Make them alike and launch again"
+        )

@@ -1,0 +1,100 @@
+"""ZeRO-3 as a whole: no rank ever holds the model, from the first byte on, and training is that of ZeRO-2."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aquila.model import AquilaModel
+from tests.integration.launch_helpers import environment
+from tests.integration.training_runs import MODEL, make_project, metrics
+
+pytestmark = pytest.mark.slow
+
+RANKS = Path(__file__).parent / "forked_ranks.py"
+LARGE = MODEL | {"dim": 1024, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 64}
+"""Of 200 MiB in fp32: what a rank holds besides tensors is little beside that."""
+
+
+def job(ranks: int, experiment: str, *overrides: str, model: str = "small", **more) -> dict:
+    fixed = ("precision=fp32", "gradient_accumulation_steps=1", "train_iters=4", "eval_interval=0")
+    batch = f"batch_size={8 // ranks}"
+    return {"ranks": ranks, "args": ["run.yaml", model, experiment, *fixed, batch, *overrides], **more}
+
+
+def checkpoint(experiment: str, step: int) -> str:
+    return f"checkpoints_out/{experiment}/0/checkpoints/step-{step:08d}"
+
+
+def run(project: Path, jobs: list[dict]) -> tuple[list[list[int]], str]:
+    """Each job's statuses, and all that was printed."""
+    (project / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, str(RANKS), "jobs.json"],
+        cwd=project,
+        env=environment(project) | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return [json.loads(line) for line in re.findall(r"^JOB (.*)$", done.stdout, re.MULTILINE)], done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    project = make_project(tmp_path_factory.mktemp("large"))
+    large = project / "checkpoints_in" / "large"
+    large.mkdir()
+    for path in (project / "checkpoints_in" / "small").iterdir():
+        os.link(path, large / path.name)
+    (large / "config.json").unlink()
+    (large / "config.json").write_text(json.dumps(LARGE))
+    return project
+
+
+@pytest.fixture(scope="module")
+def runs(project) -> str:
+    """All runs of this file, each with its status 0, and what they printed."""
+    every = ("zero_stage=3", "save_interval=2", "replica_check_interval=1")
+    jobs = [
+        job(4, "two", "zero_stage=2", "save_interval=2"),
+        job(4, "three", *every),
+        job(4, "again", *every, f"resume={checkpoint('three', 2)}"),
+        job(2, "fewer", *every, f"resume={checkpoint('three', 2)}"),
+        job(4, "build", "zero_stage=3", model="large", memory=True),
+    ]
+    statuses, printed = run(project, jobs)
+    assert statuses == [[0] * job["ranks"] for job in jobs], printed
+    return printed
+
+
+def test_training_and_resuming_are_those_of_zero_2(project, runs):
+    two = metrics(project, "two")
+    for experiment in ("three", "again", "fewer"):
+        records = metrics(project, experiment)
+        for one, other in zip(two[-len(records) :], records, strict=True):
+            assert one["step"] == other["step"]
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-6)
+
+
+def test_weights_are_written_by_several_ranks_and_read_by_all(project, runs):
+    folder = project / checkpoint("three", 4)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    sharded, whole = (AquilaModel.from_pretrained(project / checkpoint(e, 4)) for e in ("three", "two"))
+    assert set(index["weight_map"]) == {name for name, _ in sharded.named_parameters()}
+    for one, other in zip(sharded.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_no_rank_holds_the_model_while_it_is_built(runs):
+    peaks = [float(part) for part in re.findall(r"PEAK \d ([\d.]+)", runs)]
+    assert len(peaks) == 4
+    assert max(peaks) <= 0.35

@@ -1,0 +1,44 @@
+"""Protects: the exit status of each kind of end, and the error that a command leaves for who started it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from aquila.core.variables import ERROR_FILE
+
+COMMAND = """
+import os, sys
+from aquila.core.errors import UserError, run_command
+def main():
+    assert "AQUILA_ERROR_FILE" not in os.environ  # a child would write its own errors there
+    print("Traceback (most recent call last): not ours", file=sys.stderr)
+    {}
+run_command(main)
+"""
+
+
+def ended(body: str, error_file: Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(body)],
+        env={**os.environ, ERROR_FILE: str(error_file)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, error_file.read_text() if error_file.exists() else ""
+
+
+def test_a_command_leaves_its_error(tmp_path: Path) -> None:
+    file = tmp_path / "error"
+    assert ended("return None", file) == (0, "")
+    assert ended("return 75", file) == (75, "")
+    assert ended("raise UserError('no such data')", file) == (2, "error: no such data")
+    status, text = ended("raise ValueError('broken') from KeyError('a cause')", file)
+    assert status == 1
+    assert "KeyError: 'a cause'" in text
+    assert text.rstrip().endswith("ValueError: broken")
+    assert "not ours" not in text
+
+
+def test_an_error_file_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+    assert ended("raise UserError('no such data')", tmp_path / "missing" / "error") == (2, "")
