@@ -26,24 +26,32 @@ def _taken(*tensors: Tensor) -> bool:
     return alike and not torch.compiler.is_compiling() and available()
 
 
+# What each kernel takes before the number of threads: pointers, int64, fp32.
+_ARGUMENTS = {
+    "norm": "pppp ii f",
+    "norm_backward": "pppppp ii",
+    "gated": "ppp iii",
+    "gated_backward": "ppppp i",
+    "rotary": "pppp iiiii f",
+    "table": "pppp iii",
+    "squares": "pp i",
+    "adamw": "pppppp i",
+}
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
 @lru_cache(maxsize=32)
-def _kernel(name: str) -> ctypes._CFuncPtr:
-    kernel = getattr(native.library("fused_ops.cpp"), name)
+def _kernel(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:
+    kernel = getattr(native.library("fused_ops.cpp"), f"{name}_{_NAMES[dtype]}")
+    kernel.argtypes = [_C_TYPES[kind] for kind in _ARGUMENTS[name].replace(" ", "")] + [ctypes.c_int]
     kernel.restype = None
     return kernel
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
-    kernel = _kernel(f"{name}_{_NAMES[like.dtype]}")
-    kernel(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
-
-
-def _as_c(value: Any) -> Any:
-    if isinstance(value, ctypes.Structure | ctypes.c_double):
-        return ctypes.byref(value)
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+    """Runs a kernel for `like`'s dtype; a tensor among the arguments stands for its address."""
+    taken = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    _kernel(name, like.dtype)(*taken, torch.get_num_threads())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
@@ -173,7 +181,7 @@ def _squares(x: Tensor) -> float:
     if not (_taken(x) and x.is_contiguous()):
         return reference.square_sum([x]).item()
     total = ctypes.c_double()
-    _call("squares", x, x, total, x.numel())
+    _call("squares", x, x, ctypes.byref(total), x.numel())
     return total.value
 
 
@@ -204,6 +212,8 @@ def adamw(
         if not (dense and master.dtype == torch.float32 and _taken(weights, gradient)):
             whole = 0
         if whole:
-            _call("adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, values, whole)
+            _call(
+                "adamw", weights, weights, master, gradient, exp_avg, exp_avg_sq, ctypes.byref(values), whole
+            )
         if whole < master.numel():
             reference.adamw([tuple(x[whole:] for x in block)], step, settings, factor)
