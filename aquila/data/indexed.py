@@ -10,9 +10,12 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +41,33 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-with _quietly():
+@contextlib.contextmanager
+def _light_package() -> Iterator[None]:
+    """Megatron's modules without what `megatron.core` itself imports, layers and torch's compiler: seconds.
+
+    Whoever later asks the package for one of its own names gets the whole of it.
+    """
+    import megatron
+
+    spec = PathFinder.find_spec("megatron.core", megatron.__path__)
+    if spec is None or "megatron.core" in sys.modules:
+        yield
+        return
+    package = module_from_spec(spec)
+
+    def whole(name: str) -> Any:
+        vars(package).pop("__getattr__", None)
+        spec.loader.exec_module(package)
+        return getattr(package, name)
+
+    sys.modules["megatron.core"] = megatron.core = package
+    yield
+    package.__getattr__ = whole
+
+
+with _quietly(), _light_package():
+    # First: `megatron.core.utils` and this import one another, and only this order works.
+    import megatron.core.parallel_state  # noqa: F401
     from megatron.core.datasets import helpers
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -183,3 +183,19 @@ def test_a_dataset_named_twice(make_dataset):
     prefix = str(make_dataset(numbered(20)))
     with pytest.raises(UserError, match="twice"):
         open_corpora([1, prefix, 2, prefix], "100", SEQ, 1)
+
+
+@pytest.mark.slow
+def test_reading_data_does_not_load_all_of_megatron():
+    code = """
+import sys
+import aquila.data.indexed as ours
+assert "megatron.core.tensor_parallel" not in sys.modules
+import megatron.core
+from megatron.core import DistributedDataParallel, mpu, parallel_state
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+assert ours.IndexedDataset is IndexedDataset and megatron.core.tensor_parallel and mpu is parallel_state
+assert megatron.core.utils is sys.modules["megatron.core.utils"] and megatron.core.__version__
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
