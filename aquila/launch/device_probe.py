@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from aquila.backend import detect, get_backend
 from aquila.core.errors import UserError
+from aquila.training.deepspeed.patches import why_not_blockwise
 
 kind = detect()
 backend = get_backend(kind)
@@ -58,6 +59,7 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "fp8": backend.fp8_support(),
     "overlap_comm": backend.OVERLAP_COMM,
     "kept": backend.KEPT,
+    "blockwise": why_not_blockwise(versions.get("deepspeed", "not installed")) is None,
     "memory": total,
     "memory_free": free,
     "versions": versions,
@@ -93,6 +95,7 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     Keys: device (its type), count, name, precisions, fp8 (how float8 layers run, or why they cannot),
     overlap_comm (whether gradients are reduced during backward by default), kept (how its operators keep
     activations, for `planning.memory`),
+    blockwise (whether the installed DeepSpeed takes the project's optimizer step),
     memory and memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine),
     versions, toolkit (whether CANN is set up in the environment), unsupported (why this chip cannot train,
     or nothing), unseen (device files of accelerators torch does not see).

@@ -15,6 +15,8 @@ LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20}
 LARGEST_LOGITS_BYTES = 1 << 30
 MAX_ROUNDINGS = 4
 """As in `model/loss.py`: bytes of a chunk of logits, by bytes of a number; chunks summed in the dtype."""
+STEP_BLOCK_CPU, STEP_BLOCK = 1 << 19, 1 << 26
+"""As in `training/deepspeed/zero_step.py`: elements of a block of the optimizer step."""
 TRIANGLE_BLOCK = 512
 REDUCE_BUCKET = 5e8
 """DeepSpeed's default `reduce_bucket_size`, in elements."""
@@ -47,8 +49,15 @@ class Setup:
     bucket: float = REDUCE_BUCKET
     lazy_buffers: bool = False
     """Memory counts when it is written (CPU), not when it is reserved."""
+    blockwise: bool = True
+    """`training/deepspeed/zero_step.py` takes the optimizer step where the stage allows it, not DeepSpeed."""
     fixed: int = 0
     """What the process takes before any tensor: libraries, device context, communication buffers."""
+
+    @property
+    def steps_in_blocks(self) -> bool:
+        """Gradients stay where autograd made them, and are cast to fp32 block after block."""
+        return self.blockwise and self.zero_stage in (1, 2) and not self.offload
 
     @property
     def dtype_bytes(self) -> int:
@@ -148,12 +157,10 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     buckets = _bucket_elements(total, setup)
     # Averages over many micro steps are summed in fp32.
     gradients = (4 if setup.gradient_accumulation_steps > 1 else b) * (share if stage >= 2 else total)
-    # fp32 master weights and Adam's two moments; the step casts the gradients to fp32, and where
-    # training/deepspeed/zero_step.py does it, block after block.
+    # fp32 master weights and Adam's two moments; DeepSpeed's own step casts all gradients to fp32 at once.
     optimizer, step, host = 12 * owned, 4 * owned, 0.0
-    lean = stage in (1, 2) and b == 2 and not setup.offload
-    if lean:
-        step = 4 * min(owned, 1 << 19 if setup.lazy_buffers else 1 << 26)
+    if setup.steps_in_blocks:
+        step = 4 * min(owned, STEP_BLOCK_CPU if setup.lazy_buffers else STEP_BLOCK)
     if setup.offload and stage >= 2:
         host, optimizer, step, gradients = optimizer + step + gradients, 0.0, 0.0, 0.0
     return {
@@ -174,8 +181,7 @@ def _bucket_elements(total: int, setup: Setup) -> float:
     An accelerator holds the buffers whole; on a CPU only what has been written takes memory.
     """
     filled = min(setup.bucket, total)
-    one_rank = setup.devices == 1 and setup.zero_stage < 3 and setup.dtype_bytes == 2 and not setup.offload
-    if setup.zero_stage == 0 or one_rank:  # training/deepspeed/zero_step.py: nothing to reduce
+    if setup.zero_stage == 0 or (setup.devices == 1 and setup.steps_in_blocks):  # nothing to reduce
         return 0.0
     if setup.zero_stage == 3:
         return 2 * filled if setup.lazy_buffers else setup.bucket + filled
@@ -261,8 +267,19 @@ ACCELERATOR_FIXED = 1 << 30
 """Libraries of a CPU rank; context and communication buffers of an accelerator. Measured, assumed."""
 
 
-def setup_of(config: EffectiveConfig, devices: int, device: str, kept: dict[str, int] | None = None) -> Setup:
-    """The set-up that a run's configuration asks for. `device`: its type; `kept`: its backend's `KEPT`."""
+def setup_of(
+    config: EffectiveConfig,
+    devices: int,
+    device: str,
+    kept: dict[str, int] | None = None,
+    *,
+    blockwise: bool = True,
+) -> Setup:
+    """The set-up that a run's configuration asks for.
+
+    device: its type. kept: its backend's `KEPT`. blockwise: whether the blockwise optimizer step can run with
+    the installed DeepSpeed (`training.deepspeed.patches.why_not_blockwise`); the configuration may forbid it.
+    """
     run, model, on_cpu = config.run, config.model, device == "cpu"
     if run.ckpoint_layer is None:
         recomputed = model.checkpointed_layers
@@ -285,5 +302,6 @@ def setup_of(config: EffectiveConfig, devices: int, device: str, kept: dict[str,
         logits_bytes=(kept or {}).get("logits_bytes"),
         bucket=float(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         lazy_buffers=on_cpu,
+        blockwise=blockwise and run.zero_step != "deepspeed" and run.optimizer in ("auto", "torch"),
         fixed=CPU_FIXED if on_cpu else ACCELERATOR_FIXED,
     )

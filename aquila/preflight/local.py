@@ -136,7 +136,9 @@ def _memory(checked: Checked) -> str:
     on_cpu = devices["device"] == "cpu"
     share = devices["memory"] / (max(node.slots for node in nodes) if on_cpu else 1)
     slots = sum(node.slots for node in nodes)
-    setup = setup_of(config, slots, devices["device"], devices.get("kept"))
+    setup = setup_of(
+        config, slots, devices["device"], devices.get("kept"), blockwise=devices.get("blockwise", True)
+    )
     needed = estimate(config.model, setup)
     text = f"about {needed.peak / GIB:.1f} GiB needed ({needed.fullest}), {share / GIB:.1f} GiB a rank"
     if needed.peak > share:

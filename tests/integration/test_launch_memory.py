@@ -16,6 +16,7 @@ MODEL = {"dim": 512, "n_layers": 8, "n_heads": 8, "multiple_of": 64, "vocab_size
 SETUPS = {
     "ZeRO-1": ["precision=bf16", "batch_size=4", "zero_stage=1"],
     "ZeRO-2": ["precision=bf16", "batch_size=4"],
+    "ZeRO-2, DeepSpeed's step": ["precision=bf16", "batch_size=4", "zero_step=deepspeed"],
     "ZeRO-2, all layers recomputed": ["precision=bf16", "batch_size=8", "ckpoint_layer=-1"],
     "ZeRO-2, accumulation": ["precision=bf16", "batch_size=2", "gradient_accumulation_steps=2"],
     "ZeRO-2, fp32": ["precision=fp32", "batch_size=2"],

@@ -1,15 +1,17 @@
 """Protects: the memory estimate against autograd's own account, and ZeRO's arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from aquila.backend import cpu, cuda, npu
-from aquila.config import ModelConfig
+from aquila.config import ModelConfig, load_run_config
 from aquila.model import AquilaModel, loss
 from aquila.planning import memory
-from aquila.planning.memory import Setup, bytes_sent, estimate, layer_activations
+from aquila.planning.memory import Setup, bytes_sent, estimate, layer_activations, setup_of
+from aquila.training.deepspeed import zero_step
 
 MODEL = ModelConfig(dim=128, n_layers=2, n_heads=4, multiple_of=32, vocab_size=500, max_seq_len=96)
 SEVEN_B = ModelConfig(dim=4096, n_layers=32, n_heads=32, multiple_of=256, vocab_size=100008)
@@ -80,6 +82,27 @@ def test_the_loss_chunk_is_the_model_s() -> None:
     assert memory.LOGITS_BYTES.items() <= npu.LOGITS_BYTES.items()
     assert set(cuda.LOGITS_BYTES.values()) == {memory.LARGEST_LOGITS_BYTES}
     assert memory.MAX_ROUNDINGS == loss.MAX_ROUNDINGS
+
+
+def test_the_optimizer_step_is_the_one_that_runs() -> None:
+    """DeepSpeed's own step casts a rank's gradients to fp32 at once, and copies them on one device, too."""
+    assert zero_step.BLOCK["cpu"] == memory.STEP_BLOCK_CPU
+    assert memory.STEP_BLOCK == zero_step.LARGE_BLOCK
+    ours = Setup(devices=1, batch_size=1, seq_length=2048, bucket=1e8, checkpointed_layers=32)
+    theirs = replace(ours, blockwise=False)
+    more = estimate(SEVEN_B, theirs).peak - estimate(SEVEN_B, ours).peak
+    assert more > 3.5 * SEVEN_B.parameter_count()
+    for without in ({"zero_stage": 3}, {"offload": True}):
+        assert estimate(SEVEN_B, replace(ours, **without)) == estimate(SEVEN_B, replace(theirs, **without))
+
+
+@pytest.mark.parametrize("words", [["zero_step=deepspeed"], ["optimizer=apex"], []])
+def test_a_run_s_set_up_says_whose_step_it_takes(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "config.json").write_text(MODEL.model_dump_json())
+    (tmp_path / "run.yaml").write_text("data_prefix: corpus\n")
+    config = load_run_config(str(tmp_path / "run.yaml"), str(tmp_path), words, root=tmp_path)
+    assert setup_of(config, 2, "npu", npu.KEPT).blockwise is not bool(words)
+    assert not setup_of(config, 2, "npu", npu.KEPT, blockwise=False).blockwise
 
 
 def test_states_under_zero() -> None:
