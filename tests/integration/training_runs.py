@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import yaml
 
 from tests.integration.launch_helpers import command_of, copy_project, environment
+from tests.integration.rank_server import ForkedProcess, RankServer
 
 FAULT_RANK = Path(__file__).parent / "faults" / "fault_rank.py"
 MODEL = {
@@ -72,28 +74,30 @@ def start(
     ranks: int = 2,
     model: str = "small",
     fault: str = "",
-) -> subprocess.Popen:
+) -> ForkedProcess:
     """Ranks of `aquila.pretrain` under torchrun; `fault` is one of faults/fault_rank.py."""
-    program = [str(FAULT_RANK)] if fault else ["-m", "aquila.pretrain"]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-        *program, "run.yaml", model, experiment, *overrides,
-    ]  # fmt: skip
+    variables = {**environment(project), "OMP_NUM_THREADS": "1"}
+    key = (project, tuple(sorted(variables.items())))
+    if key not in _servers:
+        while _servers:  # those of projects that are done with
+            _servers.popitem()[1].close()
+        _servers[key] = RankServer(project, variables)
     # A file, not a pipe: nobody reads while the ranks run, and a full pipe would stop them.
-    output = tempfile.NamedTemporaryFile(mode="w+", encoding="utf-8", suffix=".log")  # noqa: SIM115
-    process = subprocess.Popen(
-        command,
-        cwd=project,
-        env={**environment(project), "OMP_NUM_THREADS": "1", "AQUILA_FAULT": fault},
-        stdout=output,
-        stderr=subprocess.STDOUT,
+    handle, output = tempfile.mkstemp(suffix=".log", dir=project)
+    os.close(handle)
+    return _servers[key].start(
+        Path(output),
+        ranks=ranks,
+        program=str(FAULT_RANK) if fault else "aquila.pretrain",
+        words=["run.yaml", model, experiment, *overrides],
+        variables={"AQUILA_FAULT": fault},
     )
-    process.printed = output
-    return process
 
 
-def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+_servers: dict[tuple, RankServer] = {}
+
+
+def finish(process: ForkedProcess, seconds: float = 300) -> str:
     """Waits for the end and returns all that was printed; ends ranks that take too long."""
     try:
         process.wait(seconds)
@@ -102,8 +106,7 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> str:
             child.kill()
         process.kill()
         raise
-    process.printed.seek(0)
-    return process.printed.read()
+    return process.output.read_text(encoding="utf-8", errors="replace")
 
 
 def train(project: Path, experiment: str, *overrides: str, **options: Any) -> tuple[int, str]:
@@ -131,7 +134,7 @@ def weights_hash(project: Path, experiment: str, step: int) -> str:
 
 def wait_for(
     condition: Callable[[], object],
-    process: subprocess.Popen,
+    process: ForkedProcess,
     *,
     seconds: float = 120,
     exits: bool = False,

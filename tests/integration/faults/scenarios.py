@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.integration.rank_server import ForkedProcess
 from tests.integration.training_runs import children, exact, finish, metrics, start, train, wait_for
 
 STEPS = 30
@@ -170,7 +171,7 @@ def full_disk(project: Path, experiment: str) -> Outcome:
     return outcome._replace(note=f"{warned} warnings, status 1; then {outcome.note}")
 
 
-def _kill(process: subprocess.Popen, rank: int, number: int, project: Path, experiment: str) -> int:
+def _kill(process: ForkedProcess, rank: int, number: int, project: Path, experiment: str) -> int:
     _send(rank, number)
     finish(process, 120)
     return last_step(project, experiment)
