@@ -95,7 +95,7 @@ class _ForkedRank:
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str], kept: set[int]) -> None:
         self.args, self.returncode, self.pid = args, None, 0
-        # From a thread of its own, which is the rank's main thread then: its stack does not begin in torchrun.
+        # From a thread of its own, the main thread of the rank: its stack does not begin in torchrun.
         thread = threading.Thread(target=self._fork, args=(args, env, kept))
         thread.start()
         thread.join()
