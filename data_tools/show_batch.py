@@ -36,7 +36,7 @@ def main() -> int:
             "sample": k,
             "corpus": found.corpus,
             "epoch": found.epoch,
-            "sample_of_corpus": found.index,
+            "sample_of_corpus": found.sample,
             "documents": list(found.document_ids),
             "first_document_from_token": found.first_offset,
         }

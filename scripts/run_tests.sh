@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is needed, then lint and tests.
+# Installs what is needed, then lint, types and tests.
 #   bash scripts/run_tests.sh [pytest arguments ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,6 +9,7 @@ cd "$PROJECT"
 python="$(project_python)"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
 # Two workers, and one thread each: the tests start ranks of their own. Files in their order: integration
 # tests are few and long, and would otherwise end up last, on one worker alone.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from aquila.core.errors import UserError
 from aquila.core.text_files import is_finite, read_text
@@ -141,7 +142,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
+def _explain(model: type[BaseModel], item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int)) or ""
     if item["type"] == "extra_forbidden":
         return f"unknown key '{key}'{nearest(key, list(model.model_fields))}"

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,12 +142,16 @@ class Batches:
 def _moved(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
-    moved = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-    return Batch(*moved, first_sample=batch.first_sample)
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _pinned(batch: Batch) -> Batch:
     """In page-locked memory, so that the copy to the device overlaps with computing."""
-    tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
-    return Batch(*(t if t is None else t.pin_memory() for t in tensors), first_sample=batch.first_sample)
+    return _mapped(batch, torch.Tensor.pin_memory)
+
+
+def _mapped(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    documents = None if batch.documents is None else change(batch.documents)
+    return Batch(
+        change(batch.tokens), change(batch.labels), change(batch.loss_mask), documents, batch.first_sample
+    )

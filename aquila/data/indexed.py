@@ -50,19 +50,19 @@ def _light_package() -> Iterator[None]:
     import megatron
 
     spec = PathFinder.find_spec("megatron.core", megatron.__path__)
-    if spec is None or "megatron.core" in sys.modules:
+    if spec is None or spec.loader is None or "megatron.core" in sys.modules:
         yield
         return
-    package = module_from_spec(spec)
+    package, loader = module_from_spec(spec), spec.loader
 
     def whole(name: str) -> Any:
         vars(package).pop("__getattr__", None)
-        spec.loader.exec_module(package)
+        loader.exec_module(package)
         return getattr(package, name)
 
     sys.modules["megatron.core"] = megatron.core = package
     yield
-    package.__getattr__ = whole
+    vars(package)["__getattr__"] = whole
 
 
 with _quietly(), _light_package():
@@ -93,7 +93,7 @@ class Provenance(NamedTuple):
     corpus: str
     epoch: int
     """Pass over this corpus."""
-    index: int
+    sample: int
     """Sample of the corpus: epoch * samples per epoch + place in the epoch's order."""
     document_ids: tuple[int, ...]
     """Documents (sequences of the `.idx`) that the sample touches, in order."""
@@ -139,7 +139,7 @@ class _PositionedReader:
             os.close(self._file)
 
 
-def _map_at_once(array: np.ndarray) -> None:
+def _map_at_once(array: Any) -> None:
     """Enters a mapped file's pages into this process's page table in one call (Linux 5.14).
 
     Else each first touch costs a fault of its own, and a larger corpus has more places to touch first.

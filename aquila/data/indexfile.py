@@ -55,10 +55,10 @@ def read_index(prefix: str | Path) -> Index:
     (truncated or overwritten files).
     """
     path = idx_path(prefix)
-    for file in (path, bin_path(prefix)):
-        if not file.is_file():
+    for needed in (path, bin_path(prefix)):
+        if not needed.is_file():
             raise UserError(
-                f"dataset {prefix}: {file} does not exist; make it with data_tools/make_indexed_dataset.sh"
+                f"dataset {prefix}: {needed} does not exist; make it with data_tools/make_indexed_dataset.sh"
             )
     size = path.stat().st_size
     if size < HEADER.size:

@@ -78,7 +78,7 @@ def check_datasets(prefixes: Sequence[str | Path], model_dir: Path, vocab_size: 
     A folder without a tokenizer can train, too: ids are then checked against the vocabulary alone.
     Raises `UserError` as `check_dataset`, and for a tokenizer with more ids than the model.
     """
-    notes = []
+    notes: list[str | None] = []
     tokenizer = None
     if has_tokenizer(model_dir):
         tokenizer = load_tokenizer(model_dir)

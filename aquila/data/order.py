@@ -102,7 +102,7 @@ def _check_same(path: Path, recorded: dict[str, Any], stream: SampleStream) -> N
 
 def _first_whole(files: Sequence[Path]) -> tuple[Path, dict[str, Any] | None, list[str]]:
     """The first file that is there and whole, its content, and a warning for each damaged one before it."""
-    notes = []
+    notes: list[str] = []
     for path in files:
         if path.is_file():
             try:

@@ -108,7 +108,7 @@ def trigger(arguments: argparse.Namespace) -> int:
 def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, config: str) -> dict:
     local = arguments.command == "local"
     run = checked.config.run
-    nodes = [checked.here] if local else checked.nodes
+    nodes = [checked.here] if local and checked.here else checked.nodes
     stop = (
         f"bash scripts/local_stop_docker.sh {experiment}"
         if local

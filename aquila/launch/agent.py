@@ -130,7 +130,7 @@ class Agent(Facts):
         folder = run_folder.experiment_dir(Path(root), experiment)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if takeover:
+            if takeover and version is not None:
                 end_earlier_agent(folder / version / "launch" / f"node-{node}.json", run_id)
             running = self.take_lock(folder, node)
             if running:
@@ -175,14 +175,14 @@ class Agent(Facts):
         start = Start(**fields)
         self.failing_since, self.stopping, self.killed = None, False, False
         self.follower = Follower(Path(start.run_dir) / "metrics.jsonl") if first else None
-        self.ranks = Ranks(start)
+        self.ranks = ranks = Ranks(start)
         self.write_state(
             state="running",
             generation=start.generation,
             ranks=[start.first_rank, start.first_rank + start.slots],
             mark=start.mark,
         )
-        self.send("started", generation=start.generation, pid=self.ranks.process.pid)
+        self.send("started", generation=start.generation, pid=ranks.process.pid)
 
     def on_stop(self) -> None:
         self.stop()
@@ -220,7 +220,7 @@ class Agent(Facts):
         if not self.ranks:
             return
         if self.ranks.ended() or self.killed:
-            self.finish()
+            self.finish(self.ranks)
             return
         records = self.ranks.finished_records()
         if self.failing_since is None and any(failure.is_failure(r["status"]) for r in records):
@@ -228,9 +228,9 @@ class Agent(Facts):
         if self.failing_since is not None and time.monotonic() - self.failing_since > FAILURE_GRACE:
             self.kill()
 
-    def finish(self) -> None:
+    def finish(self, ranks: Ranks) -> None:
         """torchrun has ended, by itself or by our hand: report, and clear away."""
-        ranks, self.ranks = self.ranks, None
+        self.ranks = None
         records = ranks.all_records()
         left = ranks.kill()
         if self.follower:
@@ -279,7 +279,7 @@ class Agent(Facts):
             self.forget()
             self.kill()
             if self.ranks:
-                self.finish()
+                self.finish(self.ranks)
             os.set_blocking(1, True)
             self.send("gone")
 

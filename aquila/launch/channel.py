@@ -73,6 +73,9 @@ class Channel:
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
+        self._stdin: Any = self.process.stdin
+        self._stdout: Any = self.process.stdout
+        self._stderr: Any = self.process.stderr
         self.outgoing: queue.Queue[bytes | None] = queue.Queue()
         self.threads = [
             threading.Thread(target=target, daemon=True)
@@ -105,7 +108,7 @@ class Channel:
         return " ".join(line.strip() for line in self.errors if line.strip())
 
     def _read(self) -> None:
-        for line in self.process.stdout:
+        for line in self._stdout:
             self.last_heard = time.monotonic()
             try:
                 event = json.loads(line)
@@ -118,17 +121,17 @@ class Channel:
     def _write(self) -> None:
         while (data := self.outgoing.get()) is not None:
             try:
-                self.process.stdin.write(data)
-                self.process.stdin.flush()
+                self._stdin.write(data)
+                self._stdin.flush()
             except OSError:
                 return
         try:
-            self.process.stdin.close()
+            self._stdin.close()
         except OSError:
             return
 
     def _complain(self) -> None:
-        for line in self.process.stderr:
+        for line in self._stderr:
             self.errors.append(line.decode("utf-8", errors="replace"))
 
 

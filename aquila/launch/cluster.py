@@ -30,12 +30,18 @@ class Member:
     def __init__(self, index: int, host: str, slots: int, here: bool) -> None:
         self.index, self.host, self.slots, self.here = index, host, slots, here
         self.name = Node(host, slots, 0).file_name
-        self.channel: Channel | None = None
-        self.hello: dict[str, Any] | None = None
+        self.line: Channel | None = None
+        self.hello: dict[str, Any] = {}
         self.alive = False
         self.prepared = False
         self.ended: dict[str, Any] | None = None
         self.lost_reason = ""
+
+    @property
+    def channel(self) -> Channel:
+        """The line to it, once `Members.open` was called."""
+        assert self.line is not None
+        return self.line
 
     @property
     def working(self) -> bool:
@@ -70,8 +76,8 @@ class Members:
     def open(self, members: list[Member]) -> None:
         """Starts a line to every one, and waits for none."""
         for member in members:
-            member.hello, member.alive, member.prepared = None, False, False
-            member.channel = Channel(member.index, member.host, member.here, self.events)
+            member.hello, member.alive, member.prepared = {}, False, False
+            member.line = Channel(member.index, member.host, member.here, self.events)
         self.opened = time.monotonic()
 
     def greetings(self, members: list[Member], timeout: float) -> list[str]:
@@ -185,7 +191,7 @@ class Members:
             for member, event in self.next_events(0.1):
                 if event["event"] in ("gone", "closed"):
                     waiting.discard(member.index)
-        lines = [member.channel for member in self.all if member.channel]
+        lines = [member.line for member in self.all if member.line]
         for line in lines:
             line.end()
         deadline = time.monotonic() + 1
@@ -201,7 +207,8 @@ class Members:
             return member.host
         known = set(member.hello["addresses"])
         for found in nodes.resolve(member.host):
-            if found in known and not nodes.as_address(found).is_loopback:
+            address = nodes.as_address(found)
+            if found in known and address and not address.is_loopback:
                 return found
         if member.hello["reached_at"]:
             return member.hello["reached_at"]

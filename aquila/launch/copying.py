@@ -29,6 +29,7 @@ def _copy(host: str, path: Path) -> str | None:
         ["tar", "-C", str(path.parent), "-cf", "-", "--", path.name],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    assert pack.stdout is not None
     unpack = subprocess.run(
         on_host(host, receive),
         stdin=pack.stdout, capture_output=True, text=True,

@@ -31,6 +31,7 @@ def launch(request: dict[str, Any], wait: bool, total_steps: int | None = None) 
         start_new_session=True,
         env=_environment(),
     )
+    assert controller.stdin is not None
     controller.stdin.write(json.dumps(request).encode())
     controller.stdin.close()
     return Follow(controller, request, wait, total_steps).to_the_end()
@@ -68,6 +69,7 @@ class Follow:
                 signal.signal(number, handler)
         if self.status is None:
             self.controller.wait()
+            assert self.controller.stderr is not None
             trace = self.controller.stderr.read().decode("utf-8", errors="replace").strip()
             self.display.text(f"error: the run's controller ended unexpectedly\n{trace}", error=True)
             return EXIT_FAILURE

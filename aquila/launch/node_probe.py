@@ -27,9 +27,9 @@ def fingerprint(path: Path) -> str | None:
     """
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
+        for member in sorted(path.rglob("*")):
+            if member.is_file():
+                digest.update(f"{member.relative_to(path)} {fingerprint(member)}\n".encode())
         return digest.hexdigest()[:16]
     if not path.is_file():
         return None
@@ -58,6 +58,10 @@ class Facts:
     def __init__(self) -> None:
         self.listener: socket.socket | None = None
         self.token: Path | None = None
+
+    def send(self, event: str, **fields: Any) -> None:
+        """As `agent.Agent.send`."""
+        raise NotImplementedError
 
     def on_probe(
         self, paths: list[str], output: str, devices: bool, slots: int, environment: dict[str, str]
@@ -95,8 +99,9 @@ class Facts:
         """Which of the others' ports this node cannot connect to."""
 
         def problem(target: tuple[str, int]) -> str | None:
+            host, port = target
             try:
-                socket.create_connection(tuple(target), timeout).close()
+                socket.create_connection((host, port), timeout).close()
             except OSError as error:
                 return error.strerror or str(error)
             return None

@@ -41,7 +41,7 @@ def local_names() -> set[str]:
 def resolve(host: str) -> list[str]:
     """The addresses of a host name, none when it does not resolve."""
     try:
-        return list(dict.fromkeys(item[4][0].split("%")[0] for item in socket.getaddrinfo(host, None)))
+        return list(dict.fromkeys(str(item[4][0]).split("%")[0] for item in socket.getaddrinfo(host, None)))
     except (OSError, UnicodeError):
         return []
 

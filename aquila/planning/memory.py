@@ -211,7 +211,7 @@ def _kept_scores(model: ModelConfig, setup: Setup) -> float:
     if setup.attention == "fused":
         return 0.0
     triangle = setup.attention == "triangle"
-    width = setup.seq_length
+    width: float = setup.seq_length
     if triangle:
         width = (setup.seq_length + min(TRIANGLE_BLOCK, setup.seq_length)) / 2
     # Softmax in fp32; the triangle of an NPU keeps it in the training dtype alone.

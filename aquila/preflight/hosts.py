@@ -55,7 +55,7 @@ def check_hosts(checked: Checked, group: Members) -> dict[str, list[Path]]:
 class Hosts:
     def __init__(self, group: Members, checked: Checked) -> None:
         self.group, self.members, self.checked = group, group.all, checked
-        config = checked.config
+        config = checked.merged
         self._fp8 = config.run.fp8 if config else False
         self.small = small_paths(config) if config else []
         self.data = data_paths(config, ROOT) if config else []

@@ -41,7 +41,13 @@ class Checked:
     nodes: list[Node] = field(default_factory=list)
     here: Node | None = None
     devices: dict[str, Any] | None = None
-    config: EffectiveConfig | None = None
+    merged: EffectiveConfig | None = None
+
+    @property
+    def config(self) -> EffectiveConfig:
+        """The merged configuration, where its check passed."""
+        assert self.merged is not None
+        return self.merged
 
     def run(self, name: str, check: Callable[[], str]) -> bool:
         """Runs one check and notes its outcome; the rest goes on whatever it is."""
@@ -123,7 +129,7 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
         device = Device(
             found["device"], tuple(found["precisions"]), found["fp8"], found.get("overlap_comm", True)
         )
-    checked.config = load_run_config(config, model, overrides, device=device, root=root)
+    checked.merged = load_run_config(config, model, overrides, device=device, root=root)
     if checked.nodes:
         batch_sizes(checked.config.run, sum(node.slots for node in checked.nodes))
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
@@ -131,7 +137,7 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
 
 def _memory(checked: Checked) -> str:
     """The estimate of `memory.py` against the smallest share that a rank of this node gets."""
-    config, devices = checked.config, checked.devices
+    config, devices = checked.config, checked.devices or {}
     nodes = [checked.here] if checked.here else checked.nodes
     on_cpu = devices["device"] == "cpu"
     share = devices["memory"] / (max(node.slots for node in nodes) if on_cpu else 1)

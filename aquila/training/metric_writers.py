@@ -33,7 +33,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._summary = Summary
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         # One event for all: each on its own would wake the writer's thread a dozen times a step.

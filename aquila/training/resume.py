@@ -85,12 +85,14 @@ def _of_this_launch(checkpoint: Path) -> bool:
 def _set_aside_other(checkpoints: Path, chosen: Path | None) -> None:
     """Moves away what does not lead to `chosen`, and lets `latest` name that, or nothing."""
     found = list_checkpoints(checkpoints)
-    inside = chosen is not None and chosen.resolve().parent == checkpoints.resolve()
-    other = [path for path in found if not (inside and step_of(path) <= step_of(chosen.resolve()))]
+    end = chosen.resolve() if chosen is not None else None
+    if end is not None and end.parent != checkpoints.resolve():
+        end = None
+    other = [path for path in found if end is None or step_of(path) > step_of(end)]
     if not other:
         return
-    if inside:
-        write_atomically(checkpoints / LATEST, chosen.resolve().name + "\n")
+    if end is not None:
+        write_atomically(checkpoints / LATEST, end.name + "\n")
     else:
         (checkpoints / LATEST).unlink(missing_ok=True)
     target = set_aside(other)
@@ -104,12 +106,12 @@ class Resumption:
         self.folder = folder
         self.facts = _facts(folder)
         self.has_optimizer = (folder / SHARDS).is_dir()
-        now = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
+        now: dict[str, Any] = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
         now["precision"] = effective.run.precision
         self.changes = {k: (self.facts[k], v) for k, v in now.items() if self.facts[k] != v}
         """What is not as it was, by name: (then, now)."""
-        stages = self.changes.get("zero_stage", ())
-        if self.has_optimizer and 3 in stages:
+        stages = self.changes.get("zero_stage")
+        if self.has_optimizer and stages and 3 in stages:
             raise UserError(
                 f"{folder}: its optimizer state was divided by ZeRO-{stages[0]}; between ZeRO-3 and the "
                 f"others it cannot be converted; go on with zero_stage={stages[0]}"

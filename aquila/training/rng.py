@@ -9,9 +9,14 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The generators' states, to be kept: numbers, texts and tensors alone."""
-    name, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    name, keys, *rest = numpy
     numpy_state = (name, keys.tolist(), *rest)
-    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state(),
+    }
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
     return state

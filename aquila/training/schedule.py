@@ -80,6 +80,9 @@ def make_schedule(run: RunConfig, samples_per_epoch: int, world_size: int) -> Sc
             f"of {batch} (batch_size x gradient_accumulation_steps x {world_size} devices); lower one of "
             "them, raise epochs, or use a larger corpus"
         )
+    rewarm = None
+    if run.rewarm_from is not None and run.rewarm_iters is not None:
+        rewarm = (run.rewarm_from, run.rewarm_iters)
     warmup = run.warm_up_iters if run.warm_up_iters is not None else math.ceil(run.warm_up * total)
     return Schedule(
         peak=run.lr,
@@ -90,7 +93,7 @@ def make_schedule(run: RunConfig, samples_per_epoch: int, world_size: int) -> Sc
         style=run.lr_decay_style,
         wsd_share=run.wsd_decay,
         wsd_start=run.wsd_start,
-        rewarm=(run.rewarm_from, run.rewarm_iters) if run.rewarm_iters is not None else None,
+        rewarm=rewarm,
         batch_sizes=tuple(sizes),
     )
 

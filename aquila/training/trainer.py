@@ -110,7 +110,7 @@ class Trainer:
         return result
 
     def _due(self, interval: int | None) -> bool:
-        return bool(interval) and self.state.step % interval == 0
+        return interval is not None and interval > 0 and self.state.step % interval == 0
 
     def _spike_above(self) -> float | None:
         """The loss above which a step is skipped; only once the mean has settled."""

@@ -52,7 +52,7 @@ class Watchdog:
         self._beat = time.monotonic()
         self._step = 0
         self._ended = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread().ident or 0
         if timeout:
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("hang-*.json"):

@@ -40,7 +40,7 @@ class ItemsBlock:
     """Documents with the line (or row) on which each begins: raw JSON text, or parsed rows."""
 
     source: Source
-    items: list[tuple[int, str | dict[str, Any]]]
+    items: Sequence[tuple[int, str | dict[str, Any]]]
     weight: int
     broken: tuple[int, str] | None = None
     """(line, reason) where the rest of the file cannot be read."""

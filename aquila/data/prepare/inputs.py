@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from aquila.core.errors import UserError
 
@@ -111,7 +111,9 @@ def _kind(path: str) -> tuple[str, str] | None:
 
 
 def _source(path: str) -> Source:
-    form, compression = _kind(path)
+    kind = _kind(path)
+    assert kind is not None
+    form, compression = kind
     try:
         state = os.stat(path)
         with open(path, "rb"):
@@ -147,12 +149,16 @@ class ByteStream:
         self._file.close()
 
 
-def _open_zstd(file: BinaryIO, source: Source) -> BinaryIO:
+def _open_zstd(file: BinaryIO, source: Source) -> "_Readable":
     try:
         import zstandard
     except ImportError:
         raise UserError(f"input {source.path}: .zst needs a package: run `pip install zstandard`") from None
     return _WholeZstd(zstandard.ZstdDecompressor(), file)
+
+
+class _Readable(Protocol):
+    def read(self, size: int) -> bytes: ...
 
 
 class _WholeZstd:
@@ -190,7 +196,7 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-_OPENERS: dict[str, Callable[[BinaryIO, Source], BinaryIO]] = {
+_OPENERS: dict[str, Callable[[BinaryIO, Source], _Readable]] = {
     "": lambda file, source: file,
     ".gz": lambda file, source: gzip.GzipFile(fileobj=file),
     ".zst": _open_zstd,

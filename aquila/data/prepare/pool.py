@@ -81,7 +81,8 @@ def _ordered(
             continue
         if not busy:
             return
-        for connection in wait(list(busy)):
+        ready = wait(list(busy))
+        for connection in [c for c in busy if c in ready]:
             done[busy.pop(connection)] = _receive(connection)
             idle.append(connection)
 

@@ -13,7 +13,7 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
     run = effective.run
     # The most that any step takes: it decides the buffers; each step then says its own.
     most = max(samples for _, samples in batch_sizes(run, world_size)) // (run.batch_size * world_size)
-    zero = {"contiguous_gradients": True, "reduce_scatter": True}
+    zero: dict[str, Any] = {"contiguous_gradients": True, "reduce_scatter": True}
     zero |= effective.deepspeed.get("zero_optimization", {})
     # Where nothing is sent, DeepSpeed would only wait for the device in each micro step.
     overlap = run.overlap_comm is not False and (world_size > 1 or run.zero_stage == 3)
@@ -45,7 +45,8 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors (norms) without, as in the original recipe."""
-    matrices, vectors = [], []
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         # Divided by ZeRO-3 it is flat, and its own shape stands beside it.
         shape = getattr(parameter, "ds_shape", parameter.shape)

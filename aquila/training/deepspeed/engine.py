@@ -12,12 +12,12 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,10 +45,14 @@ SHARDS = "deepspeed"
 class MicroBatch(Protocol):
     """What one micro step takes: int64 and float32 tensors of shape (micro batch, sequence)."""
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    documents: torch.Tensor | None
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def labels(self) -> torch.Tensor: ...
+    @property
+    def loss_mask(self) -> torch.Tensor: ...
+    @property
+    def documents(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class Engine:
         seen, self.zero_step = self._choose_step(effective)
         if world_size > 1 and not seen:
             self._gradients.watch(model.parameters())
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
         self.min_loss_scale = float(getattr(scaler, "min_scale", 1.0))
         if hasattr(scaler, "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # such steps are counted, and end in our own words
@@ -349,7 +353,8 @@ class Engine:
 
         Under ZeRO-3 also those whose share is not what their master weights round to.
         """
-        parameters, altered = self.model.named_parameters(), False
+        parameters: Iterable[tuple[str, torch.Tensor]] = self.model.named_parameters()
+        altered = False
         if self._stage == 3:
             parameters, altered = whole_parameters(self.model), share_is_altered(self._engine.optimizer)
         # Weighted by place, so that two changes do not cancel; wraps around like any checksum.

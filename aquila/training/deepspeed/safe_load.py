@@ -28,7 +28,7 @@ def _allowed() -> list[Any]:
 
     build = np.empty(0).__reduce__()[0]
     # As numpy 1 names it, and as numpy 2 does.
-    arrays = [(build, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    arrays: list[Any] = [(build, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     arrays += [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *arrays]
 
@@ -62,7 +62,8 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def safely() -> Iterator[None]:
     """DeepSpeed reads by `torch.load(..., weights_only=False)` in many places: meanwhile that is `load`."""
-    before, torch.load = torch.load, load
+    before = torch.load
+    torch.load = load  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aquila.config import EffectiveConfig
+from aquila.model import AquilaModel
 from aquila.model.files import TensorInfo
 from aquila.model.weights import divide
 from aquila.training.deepspeed.checkpoint_engine import to_host
@@ -22,7 +23,7 @@ _BLOCK = 1 << 24
 
 
 def divide_model(
-    model: torch.nn.Module,
+    model: AquilaModel,
     open_source: Callable[[], Fill],
     effective: EffectiveConfig,
     dtype: torch.dtype,
@@ -69,6 +70,7 @@ def whole_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
+    parameter: Any
     for name, parameter in model.named_parameters():
         there = parameter.ds_status == ZeroParamStatus.AVAILABLE
         with nullcontext() if there else GatheredParameters([parameter]):

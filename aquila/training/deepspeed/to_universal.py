@@ -9,7 +9,7 @@ from aquila.core.errors import run_command
 from aquila.training.deepspeed.safe_load import load
 
 # Here, not under `main`: a worker process that does not start as a copy of this one imports this file.
-torch.load = load
+torch.load = load  # type: ignore[assignment]
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def test_split_and_blend(make_dataset):
     assert all(names[:k].count(str(b)) <= k / 4 + 1 for k in range(400))
     seen = {str(a): [], str(b): []}
     for k in range(400):
-        seen[stream[k].provenance.corpus].append(stream[k].provenance.index)
+        seen[stream[k].provenance.corpus].append(stream[k].provenance.sample)
     assert all(indices == list(range(len(indices))) for indices in seen.values())
     assert stream.consumed(400) == {name: len(indices) for name, indices in seen.items()}
     train_documents = {d for k in range(200) for d in stream.corpora[0][k].provenance.document_ids}

@@ -27,8 +27,8 @@ def train(run_dir, data_prefix, start, stop, seq=SEQ, seed=1, split="100"):
     notes = continue_order(order_files(run_dir, None), stream, start)
     (run_dir / FILE).write_text(order_text(stream), encoding="utf-8")
     taken = [stream[k].provenance for k in range(start, stop)]
-    assert [(p.corpus, p.index) for p in taken] == [stream.locate(k) for k in range(start, stop)]
-    return [(p.corpus, p.index) for p in taken], notes
+    assert [(p.corpus, p.sample) for p in taken] == [stream.locate(k) for k in range(start, stop)]
+    return [(p.corpus, p.sample) for p in taken], notes
 
 
 def assert_no_gap(taken):
