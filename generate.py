@@ -65,10 +65,10 @@ def main() -> int:
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more (got {value})")
     # Imported here, so that --help and a wrong path are answered without waiting for torch.
-    from aquila.generation.locate import find_model_dir
+    from aquila.generation.locate import resolve_checkpoint
 
     here = Path.cwd()
-    model_dir = find_model_dir(arguments.model_dir, here if (here / "checkpoints_out").is_dir() else ROOT)
+    model_dir = resolve_checkpoint(arguments.model_dir, here if (here / "checkpoints_out").is_dir() else ROOT)
     from aquila.generation import batch, terminal, tty
     from aquila.generation.chat import Session
     from aquila.generation.load import load

@@ -26,7 +26,7 @@ from aquila.planning.memory import (
     GIB,
     LARGEST_LOGITS_BYTES,
     Estimate,
-    Setup,
+    TrainingSetup,
     bytes_sent,
     estimate,
 )
@@ -46,7 +46,7 @@ HALF_SPEED_TOKENS = 512
 class Choice(NamedTuple):
     """A set-up with what it takes; `fits` says whether the memory is enough."""
 
-    setup: Setup
+    setup: TrainingSetup
     estimate: Estimate
     fits: bool
 
@@ -56,7 +56,7 @@ def main() -> int:
     model_dir = find_model_dir(arguments.model, ROOT)
     model = load_model_config(model_dir)
     memory = parse_memory(arguments.memory)
-    base = Setup(
+    base = TrainingSetup(
         devices=arguments.devices,
         batch_size=1,
         seq_length=arguments.seq_length or model.max_seq_len,
@@ -118,11 +118,11 @@ def parse_memory(text: str) -> float:
     return float(match[1]) * UNITS[match[2].upper()]
 
 
-def best_of_stages(model: ModelConfig, base: Setup, memory: float) -> list[Choice]:
+def best_of_stages(model: ModelConfig, base: TrainingSetup, memory: float) -> list[Choice]:
     return [best(model, replace(base, zero_stage=s, offload=o), memory) for s, o in STAGES]
 
 
-def enough_devices(model: ModelConfig, base: Setup, memory: float) -> int | None:
+def enough_devices(model: ModelConfig, base: TrainingSetup, memory: float) -> int | None:
     """The least power of two of devices on which something fits, None when their number is no help."""
     for count in (2**power for power in range(15)):
         if count > base.devices and any(
@@ -132,7 +132,7 @@ def enough_devices(model: ModelConfig, base: Setup, memory: float) -> int | None
     return None
 
 
-def best(model: ModelConfig, base: Setup, memory: float) -> Choice:
+def best(model: ModelConfig, base: TrainingSetup, memory: float) -> Choice:
     """The fastest set-up of this ZeRO stage that fits; the smallest one when none does."""
     usable = memory * (1 - FREE_SHARE)
     layers = model.n_layers
@@ -150,17 +150,17 @@ def best(model: ModelConfig, base: Setup, memory: float) -> Choice:
     return Choice(smallest, estimate(model, smallest), False)
 
 
-def speed(setup: Setup, layers: int) -> float:
+def speed(setup: TrainingSetup, layers: int) -> float:
     """What to compare set-ups by: larger micro batches fill the device, recomputation adds a third."""
     full = setup.tokens / (setup.tokens + HALF_SPEED_TOKENS)
     return full / (1 + setup.checkpointed_layers / layers / 3)
 
 
-def stage_name(setup: Setup) -> str:
+def stage_name(setup: TrainingSetup) -> str:
     return f"ZeRO-{setup.zero_stage}" + (" + offload" if setup.offload else "")
 
 
-def paste(setup: Setup) -> str:
+def paste(setup: TrainingSetup) -> str:
     """The set-up as words for a launch script."""
     words = {
         "batch_size": setup.batch_size,

@@ -44,7 +44,7 @@ from aquila.training.evaluation import BATCH as EVALUATION_BATCH
 from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
 from aquila.training.lock import lock_run
-from aquila.training.metric_writers import Board, TensorBoard, WeightsAndBiases
+from aquila.training.metric_writers import MetricWriter, TensorBoard, WeightsAndBiases
 from aquila.training.metrics import RunLog
 from aquila.training.profiler import Profiler
 from aquila.training.resume import Resumption, find_resume, same_samples_per_step
@@ -228,7 +228,7 @@ def open_log(
 ) -> RunLog:
     """metrics.jsonl and the boards that the run asks for."""
     run = effective.run
-    boards: list[Board] = []
+    boards: list[MetricWriter] = []
     if run.tensorboard:
         boards.append(TensorBoard(run_dir / "tensorboard", resumed_step))
     if run.wandb:

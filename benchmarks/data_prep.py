@@ -61,11 +61,11 @@ def hugging_face(model_dir: str):
 
 
 def ours(path: Path, model_dir: str, workers: int, output: Path) -> float:
-    from aquila.data.prepare.pipeline import Request, make_datasets
+    from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
     from aquila.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
-    return make_datasets(Request([str(path)], str(output), workers), tokenizer).seconds
+    return make_datasets(PrepareOptions([str(path)], str(output), workers), tokenizer).seconds
 
 
 def ours_command(path: Path, model_dir: str, workers: int, output: Path) -> float:

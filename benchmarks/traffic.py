@@ -98,7 +98,7 @@ def main() -> None:
         rank(options.accumulation, options.exchange)
         return
     from aquila.config import ModelConfig
-    from aquila.planning.memory import Setup, bytes_sent
+    from aquila.planning.memory import TrainingSetup, bytes_sent
 
     words = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), __file__, "--rank"]
     words += ["--accumulation", str(options.accumulation), *(["--exchange"] if options.exchange else [])]
@@ -112,7 +112,7 @@ def main() -> None:
     counted = json.loads(found[0])
     counted.pop("parameters")
     model = ModelConfig(**CONFIG)
-    setup = Setup(options.ranks, 1, 32, gradient_accumulation_steps=options.accumulation)
+    setup = TrainingSetup(options.ranks, 1, 32, gradient_accumulation_steps=options.accumulation)
     # To each owner its part of the gradients, from each owner its part of the weights.
     formula = bytes_sent(model, replace(setup, zero_stage=1) if options.exchange else setup)
     for name, value in counted.items():

@@ -10,7 +10,7 @@ import sys
 
 from aquila.core.errors import EXIT_STOPPED, UserError, run_command
 from aquila.data.prepare.documents import TEMPLATES
-from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.tokenizer import load_tokenizer
 
 
@@ -44,7 +44,7 @@ def main() -> int:
         raise UserError(f"--workers {arguments.workers}: give at least 1")
     if len(set(arguments.json_keys)) != len(arguments.json_keys):
         raise UserError(f"--json-keys {' '.join(arguments.json_keys)}: a key stands twice")
-    request = Request(
+    request = PrepareOptions(
         inputs=arguments.input,
         output_prefix=arguments.output_prefix,
         workers=arguments.workers,

@@ -40,7 +40,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
-        problem = damage(checkpoint)
+        problem = find_corruption(checkpoint)
         if problem is None:
             return checkpoint, problems
         problems.append(f"checkpoint {checkpoint} is damaged and is not used: {problem}")
@@ -73,7 +73,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with the checkpoint `folder`, compared with its manifest; None when it is whole."""
     if not folder.is_dir():
         return f"{folder} does not exist"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Follower:
+class JsonlTail:
     """New whole lines of a JSON-lines file that another process appends to; it need not exist yet."""
 
     def __init__(self, path: Path) -> None:

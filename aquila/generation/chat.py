@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from aquila.generation.answers import Answer, stop_ids, stream_answers
 from aquila.generation.decode import Decoder
-from aquila.generation.load import Loaded
+from aquila.generation.load import LoadedModel
 from aquila.generation.sampling import Sampling
 
 
 @dataclass
 class Session:
-    loaded: Loaded
+    loaded: LoadedModel
     sampling: Sampling
     sliding: bool = False
     rows: int = 8

@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     model: AquilaModel
     tokenizer: Tokenizer
     model_dir: Path
@@ -32,7 +32,7 @@ def load(
     dtype: str = "auto",
     int8: bool = False,
     threads: int | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """The model and tokenizer of `model_dir`.
 
     `device` auto is the best that this machine has; `dtype` auto is the stored one (fp16 becomes bf16 where
@@ -63,7 +63,7 @@ def load(
         f"{model_dir}: {_size(config.parameter_count())} parameters, {name} on {device}, "
         f"context {config.max_seq_len} tokens, loaded in {seconds:.1f} s"
     )
-    return Loaded(model, tokenizer, model_dir, description)
+    return LoadedModel(model, tokenizer, model_dir, description)
 
 
 def device_type(device: str) -> str:

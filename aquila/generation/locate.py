@@ -14,7 +14,7 @@ HOW_TO_GET_ONE = (
 )
 
 
-def find_model_dir(given: str | None, root: Path) -> Path:
+def resolve_checkpoint(given: str | None, root: Path) -> Path:
     """The model folder to load: `given`, or the newest checkpoint of the newest run under `root`.
 
     `given` may be a model folder, an experiment's or a run's folder, its `checkpoints` folder, or a name

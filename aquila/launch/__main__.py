@@ -17,8 +17,8 @@ from aquila.launch.launcher import launch
 from aquila.launch.nodes import forwarded_environment, is_this_node
 from aquila.launch.status import show_status
 from aquila.launch.stop import stop_here, stop_nodes
-from aquila.preflight.hosts import calling, check_hosts
-from aquila.preflight.local import WARN, Checked, check_run
+from aquila.preflight.hosts import check_hosts, connect_hosts
+from aquila.preflight.local import WARN, PreflightReport, check_run
 
 TRIGGER = {"local": "scripts/local_trigger_docker.sh", "dist": "scripts/dist_trigger_docker.sh"}
 
@@ -81,12 +81,12 @@ def trigger(arguments: argparse.Namespace) -> int:
     hostfile = find_file(arguments.hostfile)
     hosts_too = not local and not arguments.no_preflight and not arguments.dry_run
     differing: dict[str, list[Path]] = {}
-    with calling(hostfile) if hosts_too else contextlib.nullcontext() as group:
+    with connect_hosts(hostfile) if hosts_too else contextlib.nullcontext() as group:
         checked = check_run(hostfile, config, arguments.model, arguments.overrides, local=local)
         if group and not checked.failures:
             differing = check_hosts(checked, group)
     if arguments.no_preflight or arguments.dry_run:
-        checked.soften(keep={"hostfile", "this node", "devices", "configuration"})
+        checked.downgrade(keep={"hostfile", "this node", "devices", "configuration"})
     checked.raise_failures()
     for finding in checked.findings:
         if finding.state == WARN:
@@ -105,7 +105,7 @@ def trigger(arguments: argparse.Namespace) -> int:
     )
 
 
-def _request(arguments: argparse.Namespace, checked: Checked, experiment: str, config: str) -> dict:
+def _request(arguments: argparse.Namespace, checked: PreflightReport, experiment: str, config: str) -> dict:
     local = arguments.command == "local"
     run = checked.config.run
     nodes = [checked.here] if local and checked.here else checked.nodes

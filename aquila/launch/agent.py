@@ -22,11 +22,11 @@ import psutil
 
 from aquila.core import run_folder
 from aquila.core.errors import EXIT_USER_ERROR
-from aquila.core.jsonl import Follower
+from aquila.core.jsonl import JsonlTail
 from aquila.core.paths import source_hash
 from aquila.launch import failure, nodes
-from aquila.launch.node_probe import Facts
-from aquila.launch.torchrun import Ranks, Start, kill_marked
+from aquila.launch.node_probe import NodeProbe
+from aquila.launch.torchrun import NodeLaunchSpec, TorchrunProcess, kill_marked
 
 TICK = 0.1
 BEAT = 1.0
@@ -44,14 +44,14 @@ def machine_key() -> str:
     return hashlib.sha256(" ".join([socket.gethostname(), *addresses]).encode()).hexdigest()[:12]
 
 
-class Agent(Facts):
+class Agent(NodeProbe):
     """One node's part of a run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.buffer = self.outbox = b""
-        self.ranks: Ranks | None = None
-        self.follower: Follower | None = None
+        self.ranks: TorchrunProcess | None = None
+        self.follower: JsonlTail | None = None
         self.failing_since: float | None = None
         self.stopping = False
         self.killed = False
@@ -172,10 +172,10 @@ class Agent(Facts):
         self.send("port", port=nodes.free_port(address))
 
     def on_start(self, first: bool, **fields: Any) -> None:
-        start = Start(**fields)
+        start = NodeLaunchSpec(**fields)
         self.failing_since, self.stopping, self.killed = None, False, False
-        self.follower = Follower(Path(start.run_dir) / "metrics.jsonl") if first else None
-        self.ranks = ranks = Ranks(start)
+        self.follower = JsonlTail(Path(start.run_dir) / "metrics.jsonl") if first else None
+        self.ranks = ranks = TorchrunProcess(start)
         self.write_state(
             state="running",
             generation=start.generation,
@@ -228,7 +228,7 @@ class Agent(Facts):
         if self.failing_since is not None and time.monotonic() - self.failing_since > FAILURE_GRACE:
             self.kill()
 
-    def finish(self, ranks: Ranks) -> None:
+    def finish(self, ranks: TorchrunProcess) -> None:
         """torchrun has ended, by itself or by our hand: report, and clear away."""
         self.ranks = None
         records = ranks.all_records()

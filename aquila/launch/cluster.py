@@ -24,7 +24,7 @@ class RunError(Exception):
         self.status = status
 
 
-class Member:
+class NodeHandle:
     """One node. `alive`: its agent answers; `ended`: what its ranks of this start ended with."""
 
     def __init__(self, index: int, host: str, slots: int, here: bool) -> None:
@@ -39,7 +39,7 @@ class Member:
 
     @property
     def channel(self) -> Channel:
-        """The line to it, once `Members.open` was called."""
+        """The line to it, once `Cluster.open` was called."""
         assert self.line is not None
         return self.line
 
@@ -51,16 +51,16 @@ class Member:
         if self.alive:
             self.channel.send(operation, **fields)
 
-    def lose(self, reason: str) -> None:
+    def mark_lost(self, reason: str) -> None:
         """Gives the node up: whatever happens there, its agent cleans up by itself."""
         self.alive, self.prepared, self.lost_reason = False, False, reason
         self.channel.close(0)
 
 
-class Members:
+class Cluster:
     """All nodes of a run, and the one queue that their events arrive in."""
 
-    def __init__(self, members: list[Member], say: Callable[..., None], node_timeout: float) -> None:
+    def __init__(self, members: list[NodeHandle], say: Callable[..., None], node_timeout: float) -> None:
         self.all = members
         self.say = say
         self.node_timeout = node_timeout
@@ -68,19 +68,19 @@ class Members:
         self.interrupted: Callable[[], bool] = lambda: False
         self.last_ping = self.opened = 0.0
 
-    def connect(self, members: list[Member], timeout: float) -> list[str]:
+    def connect(self, members: list[NodeHandle], timeout: float) -> list[str]:
         """Opens a line to every one at once; what went wrong with each that did not answer well."""
         self.open(members)
-        return self.greetings(members, timeout)
+        return self.wait_for_hello(members, timeout)
 
-    def open(self, members: list[Member]) -> None:
+    def open(self, members: list[NodeHandle]) -> None:
         """Starts a line to every one, and waits for none."""
         for member in members:
             member.hello, member.alive, member.prepared = {}, False, False
             member.line = Channel(member.index, member.host, member.here, self.events)
         self.opened = time.monotonic()
 
-    def greetings(self, members: list[Member], timeout: float) -> list[str]:
+    def wait_for_hello(self, members: list[NodeHandle], timeout: float) -> list[str]:
         """Waits for every one until `timeout` seconds after `open`; what went wrong with which."""
         closed: set[int] = set()
         in_time = True
@@ -96,35 +96,35 @@ class Members:
 
     def _same_machines(self) -> list[str]:
         """Two lines of the hostfile that lead to one machine, under whatever names."""
-        first: dict[str, Member] = {}
+        first: dict[str, NodeHandle] = {}
         problems = []
         for member in self.all:
             if not member.alive:
                 continue
             known = first.setdefault(member.hello["machine"], member)
             if known is not member:
-                member.lose(f"the same machine as {known.host}")
+                member.mark_lost(f"the same machine as {known.host}")
                 problems.append(
                     f"{member.host} is the same machine as {known.host}; give it one line of the hostfile "
                     "with all of its slots"
                 )
         return problems
 
-    def _greeting_problem(self, member: Member, closed: bool, timeout: float) -> str | None:
+    def _greeting_problem(self, member: NodeHandle, closed: bool, timeout: float) -> str | None:
         if not member.alive:
             said = member.channel.last_errors() if closed else f"no answer within {timeout:.0f} s"
-            member.lose(said or "the connection closed at once")
+            member.mark_lost(said or "the connection closed at once")
             transport = os.environ.get("AQUILA_TRANSPORT", "ssh")
             return f"{member.host}: cannot be reached over {transport}: {member.lost_reason}"
         if member.hello["code"] != source_hash():
-            member.lose("another version of the code")
+            member.mark_lost("another version of the code")
             return (
                 f"{member.host}: {ROOT} holds another version of the code ({member.hello['code']}, here "
                 f"{source_hash()}); bring both to the same commit"
             )
         return None
 
-    def next_events(self, timeout: float) -> list[tuple[Member, dict]]:
+    def next_events(self, timeout: float) -> list[tuple[NodeHandle, dict]]:
         """Waits for events and notes in each member what they mean; keeps the lines warm."""
         found = []
         with contextlib.suppress(queue.Empty):
@@ -144,14 +144,14 @@ class Members:
             kept.append((member, event))
         return kept
 
-    def _note(self, member: Member, event: dict[str, Any]) -> None:
+    def _note(self, member: NodeHandle, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "hello":
             member.hello, member.alive = event, True
         elif kind == "ended":
             member.ended = event
         elif kind == "closed" and member.alive:
-            member.lose(member.channel.last_errors() or "its agent ended")
+            member.mark_lost(member.channel.last_errors() or "its agent ended")
         if left := event.get("left_behind"):
             self.say("info", text=f"{member.host}: processes {left} would not die")
 
@@ -161,9 +161,11 @@ class Members:
             if member.alive:
                 silent = time.monotonic() - member.channel.last_heard
                 if silent > self.node_timeout:
-                    member.lose(f"no sign of life for {silent:.0f} s")
+                    member.mark_lost(f"no sign of life for {silent:.0f} s")
 
-    def ask(self, member: Member, operation: str, answer: str, timeout: float = 15.0, **fields: Any) -> dict:
+    def ask(
+        self, member: NodeHandle, operation: str, answer: str, timeout: float = 15.0, **fields: Any
+    ) -> dict:
         """A request whose answer is waited for. Raises `RunError` for a refusal or silence."""
         member.send(operation, **fields)
         deadline = time.monotonic() + timeout
@@ -177,14 +179,14 @@ class Members:
                 raise RunError(f"{member.host} is lost: {member.lost_reason}")
         raise RunError(f"{member.host}: no answer to '{operation}' within {timeout:.0f} s")
 
-    def tell(self, members: list[Member], operation: str) -> None:
+    def broadcast(self, members: list[NodeHandle], operation: str) -> None:
         for member in members:
             member.send(operation)
 
     def close(self) -> None:
         """Every agent clears its node and says so before its line is closed."""
         self.next_events(0)  # who has greeted meanwhile
-        self.tell(self.all, "end")
+        self.broadcast(self.all, "end")
         deadline = time.monotonic() + CLOSE_TIMEOUT
         waiting = {member.index for member in self.all if member.alive}
         while waiting and time.monotonic() < deadline:
@@ -198,7 +200,7 @@ class Members:
         for line in lines:
             line.close(max(0.05, deadline - time.monotonic()))
 
-    def address_of(self, member: Member) -> str:
+    def address_of(self, member: NodeHandle) -> str:
         """The address under which the other nodes reach this one."""
         if len(self.all) == 1:
             return "127.0.0.1"

@@ -19,7 +19,7 @@ from aquila.core import run_folder
 from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 from aquila.core.paths import ROOT
 from aquila.launch import failure
-from aquila.launch.cluster import Member, Members, RunError
+from aquila.launch.cluster import Cluster, NodeHandle, RunError
 
 HELLO_TIMEOUT = 12.0
 KILL_TIMEOUT = 15.0
@@ -37,8 +37,8 @@ class Controller:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.request = request
-        members = [Member(i, n["host"], n["slots"], n["here"]) for i, n in enumerate(request["nodes"])]
-        self.members = Members(members, self.say, request["node_timeout"])
+        members = [NodeHandle(i, n["host"], n["slots"], n["here"]) for i, n in enumerate(request["nodes"])]
+        self.members = Cluster(members, self.say, request["node_timeout"])
         self.members.interrupted = lambda: self.kill_requested
         self.run_id = uuid.uuid4().hex[:12]
         self.version = ""
@@ -75,7 +75,7 @@ class Controller:
         self.members.close()
         return status
 
-    def prepare(self, member: Member, takeover: bool = False) -> None:
+    def prepare(self, member: NodeHandle, takeover: bool = False) -> None:
         """Takes a node for this experiment; the first one chooses the version."""
         answer = self.members.ask(
             member, "prepare", "prepared", root=str(ROOT), experiment=self.request["experiment"],
@@ -115,7 +115,7 @@ class Controller:
             raise RunError(reason)
         return status
 
-    def reason(self, members: list[Member]) -> str:
+    def reason(self, members: list[NodeHandle]) -> str:
         lost = [f"{member.host} is lost: {member.lost_reason}" for member in members if not member.alive]
         if lost or self.record is None:
             return "; ".join(lost)
@@ -123,7 +123,7 @@ class Controller:
         last = self.record.get("error", "").splitlines()[-1:]
         return f"rank {self.record['rank']} on {self.record['node']} failed ({what}): {''.join(last)}"
 
-    def gather(self) -> list[Member]:
+    def gather(self) -> list[NodeHandle]:
         """The nodes for the next start: all of them, or enough once `rejoin_timeout` has passed.
 
         Raises `RunError` when too few are there.
@@ -161,7 +161,7 @@ class Controller:
             self.members.next_events(0.2)
             self.keep_status()
 
-    def start(self, members: list[Member]) -> None:
+    def start(self, members: list[NodeHandle]) -> None:
         """Starts torchrun on every node; the first one has the rendezvous."""
         self.generation += 1
         self.record = None
@@ -185,7 +185,7 @@ class Controller:
             )  # fmt: skip
             first_rank += member.slots
 
-    def watch(self, members: list[Member]) -> int:
+    def watch(self, members: list[NodeHandle]) -> int:
         """Follows one start to its end; its exit status. On a failure every node is cleared."""
         stopping = False
         kill_at = give_up_at = None
@@ -193,13 +193,13 @@ class Controller:
             now = time.monotonic()
             if (self.stop_requested or self.kill_requested) and not stopping:
                 stopping = True
-                self.members.tell(members, "stop")
+                self.members.broadcast(members, "stop")
             failed = any(m.ended and _failed(m.ended["records"]) for m in members)
             if kill_at is None and (self.kill_requested or failed or not all(m.alive for m in members)):
                 # The others only wait for the dead; a moment for their own last words.
                 kill_at = now + (0 if self.kill_requested else 1)
             if kill_at is not None and now >= kill_at and give_up_at is None:
-                self.members.tell([m for m in members if m.working], "kill")
+                self.members.broadcast([m for m in members if m.working], "kill")
                 give_up_at = now + KILL_TIMEOUT
             for _, event in self.members.next_events(0.2):
                 if event["event"] == "metric":
@@ -211,11 +211,11 @@ class Controller:
             if give_up_at is not None and now > give_up_at:
                 for member in members:
                     if member.working:
-                        member.lose("its ranks do not end")
+                        member.mark_lost("its ranks do not end")
             self.keep_status()
         return self.outcome(members)
 
-    def outcome(self, members: list[Member]) -> int:
+    def outcome(self, members: list[NodeHandle]) -> int:
         """The exit status of one start, and the record of the rank that failed first."""
         ended = [member.ended for member in members if member.ended]
         records = [record for event in ended for record in event["records"]]

@@ -59,7 +59,7 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "fp8": backend.fp8_support(),
     "overlap_comm": backend.OVERLAP_COMM,
     "kept": backend.KEPT,
-    "blockwise": why_not_blockwise(versions.get("deepspeed", "not installed")) is None,
+    "blockwise": why_not_blockwise(versions.get("deepspeed") or "of an unknown release") is None,
     "memory": total,
     "memory_free": free,
     "versions": versions,

@@ -34,7 +34,7 @@ def launch(request: dict[str, Any], wait: bool, total_steps: int | None = None) 
     assert controller.stdin is not None
     controller.stdin.write(json.dumps(request).encode())
     controller.stdin.close()
-    return Follow(controller, request, wait, total_steps).to_the_end()
+    return LaunchMonitor(controller, request, wait, total_steps).to_the_end()
 
 
 def _environment() -> dict[str, str]:
@@ -42,7 +42,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-class Follow:
+class LaunchMonitor:
     """The launcher's view of a running controller."""
 
     def __init__(

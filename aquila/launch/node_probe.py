@@ -52,7 +52,7 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-class Facts:
+class NodeProbe:
     """The questions of the preflight, as requests to an agent. Mixed into `agent.Agent`."""
 
     def __init__(self) -> None:

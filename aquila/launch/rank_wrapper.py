@@ -20,7 +20,7 @@ from aquila.core.run_folder import write_json
 from aquila.core.variables import ERROR_FILE
 
 _PR_SET_PDEATHSIG = 1
-ORDERS = "AQUILA_RANK_ORDERS"
+RANK_SPEC = "AQUILA_RANK_ORDERS"
 """The variable that holds, as JSON: node, logs, records, generation, command."""
 
 
@@ -45,7 +45,7 @@ def log_path(logs: Path, node: str, rank: int) -> Path:
 
 def main() -> int:
     # Told by the environment: torchrun's own argument parser takes offence at other people's options.
-    orders = json.loads(os.environ.pop(ORDERS))
+    orders = json.loads(os.environ.pop(RANK_SPEC))
     node, logs, records = orders["node"], Path(orders["logs"]), Path(orders["records"])
     generation, command = orders["generation"], orders["command"]
 

@@ -17,14 +17,14 @@ from aquila.core.run_folder import read_json
 from aquila.core.variables import LAUNCHED_CONFIG
 from aquila.launch import failure, toolkit
 from aquila.launch.nodes import interface_settings
-from aquila.launch.rank_wrapper import ORDERS, die_with_parent, log_path, record_path
+from aquila.launch.rank_wrapper import RANK_SPEC, die_with_parent, log_path, record_path
 
 MARK = "AQUILA_LAUNCH_MARK"
 """Set in the environment of every rank, and inherited by whatever a rank starts: how we find them all."""
 
 
 @dataclass(frozen=True)
-class Start:
+class NodeLaunchSpec:
     """One start of torchrun on one node. `generation` counts the starts of a run."""
 
     run_dir: str
@@ -45,10 +45,10 @@ class Start:
     """The configuration that the launcher checked, as JSON: see `config.compare`."""
 
 
-class Ranks:
-    """The running torchrun of one `Start`."""
+class TorchrunProcess:
+    """The running torchrun of one `NodeLaunchSpec`."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: NodeLaunchSpec) -> None:
         self.start = start
         run_dir = Path(start.run_dir)
         self.logs = run_dir / "logs"
@@ -107,7 +107,7 @@ class Ranks:
             "generation": start.generation,
             "command": start.command,
         }
-        environment[ORDERS] = json.dumps(orders)
+        environment[RANK_SPEC] = json.dumps(orders)
         return environment
 
     def ended(self) -> bool:

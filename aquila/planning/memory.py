@@ -25,7 +25,7 @@ LIVE_PARAMETERS = 1e9
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingSetup:
     """What the memory of one device depends on, besides the model."""
 
     devices: int
@@ -95,7 +95,7 @@ class Estimate:
     accumulates: bool = False
 
     @property
-    def moments(self) -> dict[str, float]:
+    def phases(self) -> dict[str, float]:
         """What is held at each moment that may be the fullest."""
         always = self.parameters + self.optimizer + self.fixed + (self.gradients if self.accumulates else 0)
         new_gradients = 0 if self.accumulates else self.gradients
@@ -109,12 +109,12 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        return max(self.moments.values())
+        return max(self.phases.values())
 
     @property
     def fullest(self) -> str:
         """The moment of the peak."""
-        return max(self.moments, key=self.moments.__getitem__)
+        return max(self.phases, key=self.phases.__getitem__)
 
     def rows(self) -> list[tuple[str, float]]:
         """Name and bytes of each part, for a table."""
@@ -133,7 +133,7 @@ class Estimate:
         ]
 
 
-def estimate(model: ModelConfig, setup: Setup) -> Estimate:
+def estimate(model: ModelConfig, setup: TrainingSetup) -> Estimate:
     """Peak memory of one device, by part."""
     activations, working = _activations(model, setup)
     loss_gradients, logits = _loss(model, setup)
@@ -149,7 +149,7 @@ def estimate(model: ModelConfig, setup: Setup) -> Estimate:
     )
 
 
-def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
+def _states(model: ModelConfig, setup: TrainingSetup) -> dict[str, float]:
     """Parameters, gradients and optimizer state under ZeRO (arXiv 1910.02054, figure 1)."""
     total, b, stage = model.parameter_count(), setup.dtype_bytes, setup.zero_stage
     share = total / setup.devices
@@ -175,7 +175,7 @@ def _states(model: ModelConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def _bucket_elements(total: int, setup: Setup) -> float:
+def _bucket_elements(total: int, setup: TrainingSetup) -> float:
     """DeepSpeed fills a bucket while it sends another; ZeRO-3 sorts a bucket into a copy before sending.
 
     An accelerator holds the buffers whole; on a CPU only what has been written takes memory.
@@ -193,7 +193,7 @@ def layer_parameters(model: ModelConfig) -> int:
     return attention + 3 * model.dim * model.ffn_dim + 2 * model.dim
 
 
-def layer_activations(model: ModelConfig, setup: Setup) -> float:
+def layer_activations(model: ModelConfig, setup: TrainingSetup) -> float:
     """Bytes that one layer keeps for backward when it is not recomputed."""
     b, tokens, dim = setup.dtype_bytes, setup.tokens, model.dim
     kv_dim = model.kv_heads * model.head_dim
@@ -206,7 +206,7 @@ def layer_activations(model: ModelConfig, setup: Setup) -> float:
     return kept + _kept_scores(model, setup)
 
 
-def _kept_scores(model: ModelConfig, setup: Setup) -> float:
+def _kept_scores(model: ModelConfig, setup: TrainingSetup) -> float:
     """What attention by blocks or in plain form keeps: probabilities, a mask for all heads, fp32 copies."""
     if setup.attention == "fused":
         return 0.0
@@ -226,7 +226,7 @@ def _kept_scores(model: ModelConfig, setup: Setup) -> float:
     return kept + 4 * setup.tokens * 3 * model.dim  # queries, keys and values, in fp32 for all heads
 
 
-def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+def _activations(model: ModelConfig, setup: TrainingSetup) -> tuple[float, float]:
     """What all layers keep, and the most that one layer takes besides while it is (re)computed."""
     b, tokens = setup.dtype_bytes, setup.tokens
     whole = layer_activations(model, setup)
@@ -238,7 +238,7 @@ def _activations(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     return kept, gradients + (whole if recomputed else 0)
 
 
-def _loss(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+def _loss(model: ModelConfig, setup: TrainingSetup) -> tuple[float, float]:
     """Gradients of hidden states and output matrix; a chunk of logits and the product that is added."""
     b, vocab, dim = setup.dtype_bytes, model.vocab_size, model.dim
     most = max(16, (setup.logits_bytes or LOGITS_BYTES[b]) // (vocab * b))
@@ -249,7 +249,7 @@ def _loss(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     return gradients, chunk * vocab * b + (vocab * dim * b if in_fp32 else 0)
 
 
-def bytes_sent(model: ModelConfig, setup: Setup) -> float:
+def bytes_sent(model: ModelConfig, setup: TrainingSetup) -> float:
     """Bytes that each device sends in one optimizer step (ZeRO, arXiv 1910.02054, section 7).
 
     With rings an all-reduce sends 2 P (N-1)/N elements, a reduce-scatter or an all-gather half of that.
@@ -274,7 +274,7 @@ def setup_of(
     kept: dict[str, int] | None = None,
     *,
     blockwise: bool = True,
-) -> Setup:
+) -> TrainingSetup:
     """The set-up that a run's configuration asks for.
 
     device: its type. kept: its backend's `KEPT`. blockwise: whether the blockwise optimizer step can run with
@@ -287,7 +287,7 @@ def setup_of(
         recomputed = model.n_layers if run.ckpoint_layer == -1 else run.ckpoint_layer
     zero = config.deepspeed.get("zero_optimization", {})
     offload = zero.get("cpu_offload") or (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return Setup(
+    return TrainingSetup(
         devices=devices,
         batch_size=run.batch_size,
         seq_length=config.seq_length,

@@ -8,7 +8,7 @@ Ascend 910B3 (see `tests/unit/planning/test_speed.py`), none of them measured by
 from dataclasses import dataclass
 
 from aquila.config import ModelConfig
-from aquila.planning.memory import TRIANGLE_BLOCK, Setup, bytes_sent, layer_parameters
+from aquila.planning.memory import TRIANGLE_BLOCK, TrainingSetup, bytes_sent, layer_parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StepTime:
 
 
 def step_time(
-    model: ModelConfig, setup: Setup, chip: Chip, *, link: float | None = None, overlap: bool = False
+    model: ModelConfig, setup: TrainingSetup, chip: Chip, *, link: float | None = None, overlap: bool = False
 ) -> StepTime:
     """Predicted time of an optimizer step. `link`: bytes/s of the slowest link, if not within one node."""
     micro, tokens, b = setup.gradient_accumulation_steps, setup.tokens, setup.dtype_bytes

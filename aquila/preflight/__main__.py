@@ -14,8 +14,8 @@ from rich.table import Table
 
 from aquila.core.errors import EXIT_USER_ERROR, run_command
 from aquila.core.paths import find_config_argument, find_file
-from aquila.preflight.hosts import calling, check_hosts
-from aquila.preflight.local import FAIL, PASS, WARN, Checked, check_run
+from aquila.preflight.hosts import check_hosts, connect_hosts
+from aquila.preflight.local import FAIL, PASS, WARN, PreflightReport, check_run
 
 STYLES = {PASS: "green", WARN: "yellow", FAIL: "bold red"}
 
@@ -30,7 +30,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     hostfile = find_file(arguments.hostfile)
-    with calling(hostfile) as group:
+    with connect_hosts(hostfile) as group:
         config = find_config_argument(arguments.config)
         checked = check_run(hostfile, config, arguments.model, arguments.overrides, local=False)
         if group and checked.nodes:
@@ -39,7 +39,7 @@ def main() -> int:
     return EXIT_USER_ERROR if checked.failures else 0
 
 
-def show(checked: Checked) -> None:
+def show(checked: PreflightReport) -> None:
     """The table; without a terminal, one row a line, not cut at any width."""
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -9,12 +9,19 @@ from typing import Any
 from aquila.config.effective import FP8_RUNS
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
-from aquila.launch.cluster import Member, Members
+from aquila.launch.cluster import Cluster, NodeHandle
 from aquila.launch.device_probe import mismatches
 from aquila.launch.fabric import fabric_problems
 from aquila.launch.hostfile import read_hostfile
 from aquila.launch.nodes import forwarded_environment, is_this_node
-from aquila.preflight.local import Checked, Warned, check_room, checkpoint_bytes, data_paths, small_paths
+from aquila.preflight.local import (
+    CheckWarning,
+    PreflightReport,
+    check_room,
+    checkpoint_bytes,
+    data_paths,
+    small_paths,
+)
 
 CLOCK_TOLERANCE = 5.0
 CONNECT_TIMEOUT = 12.0
@@ -23,7 +30,7 @@ REACH_TIMEOUT = 3.0
 
 
 @contextlib.contextmanager
-def calling(hostfile: Path) -> Iterator[Members | None]:
+def connect_hosts(hostfile: Path) -> Iterator[Cluster | None]:
     """Lines to all hosts, opened while this machine is still checked; None for a hostfile with mistakes.
 
     On leaving every line is closed, and nothing is left on the hosts.
@@ -33,8 +40,8 @@ def calling(hostfile: Path) -> Iterator[Members | None]:
     except UserError:
         yield None
         return
-    members = [Member(i, node.host, node.slots, is_this_node(node.host)) for i, node in enumerate(nodes)]
-    group = Members(members, lambda *_, **__: None, node_timeout=PROBE_TIMEOUT)
+    members = [NodeHandle(i, node.host, node.slots, is_this_node(node.host)) for i, node in enumerate(nodes)]
+    group = Cluster(members, lambda *_, **__: None, node_timeout=PROBE_TIMEOUT)
     group.open(members)
     try:
         yield group
@@ -42,7 +49,7 @@ def calling(hostfile: Path) -> Iterator[Members | None]:
         group.close()
 
 
-def check_hosts(checked: Checked, group: Members) -> dict[str, list[Path]]:
+def check_hosts(checked: PreflightReport, group: Cluster) -> dict[str, list[Path]]:
     """Every host: reachable, of one kind, with enough devices and room, seeing the others and the disk.
 
     Returns, for each host, what of configuration and model folder differs there or is missing.
@@ -53,7 +60,7 @@ def check_hosts(checked: Checked, group: Members) -> dict[str, list[Path]]:
 
 
 class Hosts:
-    def __init__(self, group: Members, checked: Checked) -> None:
+    def __init__(self, group: Cluster, checked: PreflightReport) -> None:
         self.group, self.members, self.checked = group, group.all, checked
         config = checked.merged
         self._fp8 = config.run.fp8 if config else False
@@ -65,12 +72,12 @@ class Hosts:
         self.differing: dict[str, list[Path]] = {}
 
     @property
-    def there(self) -> list[Member]:
+    def there(self) -> list[NodeHandle]:
         return [member for member in self.members if member.alive]
 
     def check(self) -> None:
         run = self.checked.run
-        problems = self.group.greetings(self.members, CONNECT_TIMEOUT)
+        problems = self.group.wait_for_hello(self.members, CONNECT_TIMEOUT)
         run("hosts reached", lambda: self._raise(problems, f"{len(self.members)} over ssh"))
         if not self.there:
             return
@@ -108,11 +115,11 @@ class Hosts:
 
     def ask_all(
         self,
-        members: list[Member],
+        members: list[NodeHandle],
         operation: str,
         answer: str,
         timeout: float,
-        fields: Callable[[Member], dict[str, Any]],
+        fields: Callable[[NodeHandle], dict[str, Any]],
     ) -> dict[int, dict[str, Any]]:
         """One question to many nodes at once; the answers by node index."""
         for member in members:
@@ -157,7 +164,7 @@ class Hosts:
             problems, f"{sum(member.slots for member in self.there)} slots, each with a device"
         )
 
-    def _probed(self) -> list[tuple[Member, dict[str, Any]]]:
+    def _probed(self) -> list[tuple[NodeHandle, dict[str, Any]]]:
         return [
             (m, self.answers[m.index])
             for m in self.there
@@ -167,7 +174,7 @@ class Hosts:
     def _versions(self) -> str:
         probed = self._probed()
         if not probed:
-            raise Warned("not known: no host answered")
+            raise CheckWarning("not known: no host answered")
         first, reference = probed[0][0], _comparable(probed[0][1])
         problems = [
             f"{m.host}: {text}"
@@ -189,7 +196,7 @@ class Hosts:
         errors, warnings = fabric_problems(found, len(self.members))
         fine = self._raise(errors, f"links and TLS of {len(found)} host(s)")
         if warnings:
-            raise Warned("; ".join(warnings))
+            raise CheckWarning("; ".join(warnings))
         return fine
 
     def _files(self) -> str:
@@ -209,17 +216,17 @@ class Hosts:
                 else:
                     problems.append(f"{text}; put it there, or on a disk that the nodes share")
         if copied and not problems:
-            raise Warned("copied at the start: " + "; ".join(copied))
+            raise CheckWarning("copied at the start: " + "; ".join(copied))
         return self._raise(problems, f"{len(self.small) + len(self.data)} alike on every node")
 
-    def _print(self, member: Member, path: Path) -> str | None:
+    def _print(self, member: NodeHandle, path: Path) -> str | None:
         return self.answers[member.index]["fingerprints"][str(path)]
 
     def _disk(self) -> str:
         first = self.there[0]
         answer = self.answers.get(first.index)
         if answer is None:
-            raise Warned(f"not known: {first.host} did not answer")
+            raise CheckWarning(f"not known: {first.host} did not answer")
         try:
             return check_room(self.output, answer["free"], answer["writable"], self.disk_needed)
         except UserError as error:

@@ -29,12 +29,12 @@ class Finding(NamedTuple):
     detail: str
 
 
-class Warned(Exception):  # noqa: N818 - not an error
+class CheckWarning(Exception):  # noqa: N818 - not an error
     """A check's way to say: this works, but look."""
 
 
 @dataclass
-class Checked:
+class PreflightReport:
     """What the checks found, and what they read on the way."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Checked:
         """Runs one check and notes its outcome; the rest goes on whatever it is."""
         try:
             self.findings.append(Finding(name, PASS, check()))
-        except Warned as warning:
+        except CheckWarning as warning:
             self.findings.append(Finding(name, WARN, str(warning)))
         except UserError as error:
             self.findings.append(Finding(name, FAIL, str(error)))
@@ -64,7 +64,7 @@ class Checked:
     def failures(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.state == FAIL]
 
-    def soften(self, keep: set[str]) -> None:
+    def downgrade(self, keep: set[str]) -> None:
         """Failures of other checks than `keep` become warnings."""
         self.findings = [
             finding._replace(state=WARN) if finding.state == FAIL and finding.check not in keep else finding
@@ -79,9 +79,9 @@ class Checked:
 
 def check_run(
     hostfile: Path, config: str, model: str, overrides: list[str], *, local: bool, root: Path = ROOT
-) -> Checked:
+) -> PreflightReport:
     """The checks that need no other node. Starts nothing and writes nothing."""
-    checked = Checked()
+    checked = PreflightReport()
     with ThreadPoolExecutor(1) as background:
         probing = background.submit(probe_devices)
         if checked.run("hostfile", lambda: _hostfile(checked, hostfile)) and local:
@@ -97,18 +97,18 @@ def check_run(
     return checked
 
 
-def _hostfile(checked: Checked, path: Path) -> str:
+def _hostfile(checked: PreflightReport, path: Path) -> str:
     checked.nodes = read_hostfile(path)
     total = sum(node.slots for node in checked.nodes)
     return f"{len(checked.nodes)} node(s), {total} slot(s)"
 
 
-def _this_node(checked: Checked, path: Path) -> str:
+def _this_node(checked: PreflightReport, path: Path) -> str:
     checked.here = find_this_node(checked.nodes, str(path))
     return f"{checked.here.host}, line {checked.here.line}"
 
 
-def _devices(checked: Checked, devices: dict[str, Any]) -> str:
+def _devices(checked: PreflightReport, devices: dict[str, Any]) -> str:
     checked.devices = devices
     unit = "core(s)" if devices["device"] == "cpu" else "device(s)"
     if checked.here and checked.here.slots > devices["count"]:
@@ -122,7 +122,9 @@ def _devices(checked: Checked, devices: dict[str, Any]) -> str:
     return f"{devices['count']} {unit}, {devices['device']}: {devices['name']}"
 
 
-def _configuration(checked: Checked, config: str, model: str, overrides: list[str], root: Path) -> str:
+def _configuration(
+    checked: PreflightReport, config: str, model: str, overrides: list[str], root: Path
+) -> str:
     device = None
     if checked.devices:
         found = checked.devices
@@ -135,7 +137,7 @@ def _configuration(checked: Checked, config: str, model: str, overrides: list[st
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 
 
-def _memory(checked: Checked) -> str:
+def _memory(checked: PreflightReport) -> str:
     """The estimate of `memory.py` against the smallest share that a rank of this node gets."""
     config, devices = checked.config, checked.devices or {}
     nodes = [checked.here] if checked.here else checked.nodes
@@ -154,7 +156,7 @@ def _memory(checked: Checked) -> str:
             "proposes), or take --no-preflight if you know better"
         )
     if needed.peak > 0.9 * share:
-        raise Warned(f"{text}: close")
+        raise CheckWarning(f"{text}: close")
     return text
 
 
@@ -225,5 +227,5 @@ def _data(config: EffectiveConfig, root: Path) -> str:
     prefixes = config.run.datasets
     notes = check_datasets([root / prefix for prefix in prefixes], config.model_dir, config.model.vocab_size)
     if notes:
-        raise Warned("; ".join(notes))
+        raise CheckWarning("; ".join(notes))
     return f"{len(prefixes)} dataset(s) made with this tokenizer"

@@ -18,7 +18,7 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-class Board(Protocol):
+class MetricWriter(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """One record of metrics.jsonl."""
 

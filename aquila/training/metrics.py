@@ -14,7 +14,7 @@ from aquila.core.text_files import parse_json
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import StepResult
 from aquila.training.evaluation import Scores
-from aquila.training.metric_writers import Board
+from aquila.training.metric_writers import MetricWriter
 from aquila.training.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -86,7 +86,7 @@ class RunLog:
         peak_flops: float | None,
         memory_gib: Callable[[], float],
         resumed_step: int,
-        boards: Sequence[Board] = (),
+        boards: Sequence[MetricWriter] = (),
     ) -> None:
         self._folder = folder
         self._total_steps = total_steps

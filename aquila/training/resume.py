@@ -11,7 +11,7 @@ from aquila.core.checkpoints import (
     LATEST,
     STATE,
     clear_leftovers,
-    damage,
+    find_corruption,
     list_checkpoints,
     newest_checkpoint,
     read_state,
@@ -54,7 +54,7 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
     if ours:
         return _newest_whole(checkpoints)
     chosen = None if resume == "never" else Path(resume)
-    if chosen and (problem := damage(chosen)):
+    if chosen and (problem := find_corruption(chosen)):
         raise UserError(f"resume={resume}: {problem}")
     _set_aside_other(checkpoints, chosen)
     return chosen

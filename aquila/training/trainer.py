@@ -10,7 +10,7 @@ from aquila.config import RunConfig
 from aquila.core.errors import EXIT_FAILURE, EXIT_STOPPED
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
-from aquila.training.deepspeed.engine import Engine, MicroBatch, StepResult
+from aquila.training.deepspeed.engine import Engine, MicroBatch, StepFlags, StepResult
 from aquila.training.evaluation import Scores
 from aquila.training.metrics import RunLog, StepTimer
 from aquila.training.nonfinite import what_is_not_finite
@@ -57,7 +57,7 @@ class Trainer:
             self._log_start(self._evaluate())
         while self.state.step < self.schedule.total_steps:
             result = self._step()
-            stop = result.any_notice[0] or self._due(self.config.exit_interval)
+            stop = result.flags.stop or self._due(self.config.exit_interval)
             last = stop or self.state.step >= self.schedule.total_steps
             self._log(result, self._evaluate() if self._evaluation_due() else None, last)
             if self.state.bad_steps >= self.config.max_bad_steps:
@@ -65,9 +65,9 @@ class Trainer:
                 return self._give_up(result)
             if self._due(self.config.replica_check_interval) and (bad := self.engine.diverged_ranks()):
                 return self._diverged(bad)
-            if result.all_notice[2]:  # every rank's part of the save in flight is written
+            if result.flags.written:  # every rank's part of the save in flight is written
                 saved = self._finish_save(saved)
-            if result.any_notice[1] or stop or self._due(self.config.save_interval):
+            if result.flags.save or stop or self._due(self.config.save_interval):
                 saved = self._save(saved)
             if stop:
                 break
@@ -87,13 +87,13 @@ class Trainer:
         samples = self.schedule.samples_of(step)
         micro_steps = samples // (self.config.batch_size * self.engine.world_size)
         micro_batches = [next(self.batches) for _ in range(micro_steps)]
-        requests, self.requests.save = (self.requests.stop, self.requests.save), False
-        notices = (*requests, self.checkpointer.written)
+        flags = StepFlags(self.requests.stop, self.requests.save, self.checkpointer.written)
+        self.requests.save = False
         if self.config.skips(step):
-            result = self.engine.pass_over(notices)
+            result = self.engine.pass_over(flags)
         else:
             rate, above = self.schedule.learning_rate(step), self._spike_above()
-            result = self.engine.train_step(micro_batches, rate, notices=notices, spike_above=above)
+            result = self.engine.train_step(micro_batches, rate, flags=flags, spike_above=above)
             self.timer.stop(result.forward_seconds)
         if result.skipped:
             self._explain(result)

@@ -14,7 +14,7 @@ import pytest
 
 from aquila.backend import npu
 from aquila.config import ModelConfig
-from aquila.planning.memory import Setup, layer_activations
+from aquila.planning.memory import TrainingSetup, layer_activations
 from tests.integration.launch_helpers import (
     ROOT,
     add_tiny_model_and_data,
@@ -262,6 +262,6 @@ def test_a_layer_keeps_for_backward_what_the_planner_says(project: Path, kind: s
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(ROOT))
     found = json.loads(done.stdout)
     model = ModelConfig(**found["model"])
-    setup = Setup(devices=1, batch_size=1, seq_length=model.max_seq_len, attention=kind, **npu.KEPT)
+    setup = TrainingSetup(devices=1, batch_size=1, seq_length=model.max_seq_len, attention=kind, **npu.KEPT)
     assert found["layer"]["kept"] == pytest.approx(layer_activations(model, setup), rel=0.05)
     assert found["round_trips"] == 0

@@ -11,7 +11,7 @@ import pytest
 from aquila import plan
 from aquila.config import ModelConfig, RunConfig
 from aquila.core.errors import UserError
-from aquila.planning.memory import ACCELERATOR_FIXED, Setup, estimate
+from aquila.planning.memory import ACCELERATOR_FIXED, TrainingSetup, estimate
 
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": 100008}
 
@@ -32,7 +32,9 @@ def test_the_benchmark_s_preset_is_what_the_plan_proposes(root: Path) -> None:
     preset = runpy.run_path(str(root / "benchmarks" / "train_step.py"))["PRESETS"]["gpu-7b"]
     model = ModelConfig(**preset["config"])
     assert model.parameter_count() == ModelConfig(**SEVEN_B).parameter_count()
-    base = Setup(devices=1, batch_size=1, seq_length=preset["seq"], bucket=1e8, fixed=ACCELERATOR_FIXED)
+    base = TrainingSetup(
+        devices=1, batch_size=1, seq_length=preset["seq"], bucket=1e8, fixed=ACCELERATOR_FIXED
+    )
     choice = plan.best(model, base, plan.parse_memory("141GB"))
     assert choice.fits
     assert choice.setup.batch_size == preset["batch"]
@@ -55,7 +57,7 @@ def test_the_original_s_node(monkeypatch, capsys, model_dir: Path) -> None:
     assert not by_stage[0, False]["fits"]
     assert by_stage[2, False]["fits"]
     assert by_stage[2, False]["batch_size"] >= 2
-    setup = Setup(devices=8, batch_size=2, seq_length=2048, checkpointed_layers=26, fixed=1 << 30)
+    setup = TrainingSetup(devices=8, batch_size=2, seq_length=2048, checkpointed_layers=26, fixed=1 << 30)
     assert estimate(ModelConfig(**SEVEN_B), setup).peak < 64e9
 
 
@@ -67,7 +69,7 @@ def test_what_is_recommended_fits(monkeypatch, capsys, model_dir: Path, devices:
     words = dict(word.split("=") for word in line.split(": ")[1].split())
     run = RunConfig.model_validate({"data_prefix": ["x"], **{k: int(v) for k, v in words.items()}})
     assert run.zero_stage == int(words["zero_stage"])  # ready to paste
-    setup = Setup(
+    setup = TrainingSetup(
         devices=devices, batch_size=int(words["batch_size"]), seq_length=2048, bucket=1e8, fixed=1 << 30,
         zero_stage=int(words["zero_stage"]), checkpointed_layers=int(words["ckpoint_layer"]),
         offload="offload" in line,

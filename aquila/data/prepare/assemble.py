@@ -20,12 +20,12 @@ from aquila.core.errors import UserError
 from aquila.core.files import sha256, sync_file
 from aquila.data.indexfile import bin_path, idx_path, write_index
 from aquila.data.meta import meta_path, write_meta
-from aquila.data.prepare.encode import Part
+from aquila.data.prepare.encode import EncodedBlock
 
 _COPY = 1 << 22
 
 
-class Assembly:
+class DatasetWriter:
     """Appends parts; after `finish` the datasets stand under their final names.
 
     `state` holds the running totals: `parts`, `documents`, `bin` and `rejects` (bytes), `low`, `high`,
@@ -111,7 +111,7 @@ class Assembly:
         file.seek(size)
         return file
 
-    def append(self, part: Part, path: str) -> None:
+    def append(self, part: EncodedBlock, path: str) -> None:
         """Adds a part of the file `path`; it counts once its line of the journal is written."""
         state = json.loads(json.dumps(self.state))
         if state["file"] != path:

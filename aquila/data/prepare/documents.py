@@ -27,7 +27,7 @@ class BadDocumentError(Exception):
     """A document that cannot be taken; the message is the reason."""
 
 
-class Found(NamedTuple):
+class Document(NamedTuple):
     """A document of a block."""
 
     line: int
@@ -39,14 +39,14 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReaderOptions:
     """How documents are read."""
 
     keys: tuple[str, ...] = ("text",)
     template: str = "plain"
 
 
-def read_documents(block: Block, reading: Reading) -> tuple[Iterator[Found], int]:
+def read_documents(block: Block, reading: ReaderOptions) -> tuple[Iterator[Document], int]:
     """The documents of a block, and how many lines it holds where their numbers are relative, else 0."""
     if isinstance(block, FileBlock):
         return _whole_file(block), 0
@@ -75,7 +75,7 @@ def _read_range(block: RangeBlock) -> bytes:
         return data
 
 
-def _lines(block: LinesBlock | RangeBlock, lines: list[bytes], reading: Reading) -> Iterator[Found]:
+def _lines(block: LinesBlock | RangeBlock, lines: list[bytes], reading: ReaderOptions) -> Iterator[Document]:
     as_text = block.source.form == "text"
     for number, line in enumerate(lines, start=1):
         if not line or line.isspace():
@@ -84,33 +84,33 @@ def _lines(block: LinesBlock | RangeBlock, lines: list[bytes], reading: Reading)
             text = _decode(line)
             texts = [_checked(text.rstrip("\r"))] if as_text else texts_of(_parse(text), reading)
         except BadDocumentError as bad:
-            yield Found(number, None, str(bad), line)
+            yield Document(number, None, str(bad), line)
         else:
-            yield Found(number, texts)
+            yield Document(number, texts)
 
 
-def _items(block: ItemsBlock, reading: Reading) -> Iterator[Found]:
+def _items(block: ItemsBlock, reading: ReaderOptions) -> Iterator[Document]:
     for line, item in block.items:
         try:
             value = _parse(item) if isinstance(item, str) else item
-            yield Found(line, texts_of(value, reading))
+            yield Document(line, texts_of(value, reading))
         except BadDocumentError as bad:
-            yield Found(line, None, str(bad), item)
+            yield Document(line, None, str(bad), item)
     if block.broken:
         line, reason = block.broken
-        yield Found(line, None, f"{reason}; the rest of the file cannot be read", "")
+        yield Document(line, None, f"{reason}; the rest of the file cannot be read", "")
 
 
-def _whole_file(block: FileBlock) -> Iterator[Found]:
+def _whole_file(block: FileBlock) -> Iterator[Document]:
     with ByteStream(block.source) as stream:
         parts = []
         while chunk := stream.read(1 << 24):
             parts.append(chunk)
     data = b"".join(parts)
     try:
-        yield Found(1, [_checked(_decode(data))])
+        yield Document(1, [_checked(_decode(data))])
     except BadDocumentError as bad:
-        yield Found(1, None, str(bad), data)
+        yield Document(1, None, str(bad), data)
 
 
 def _decode(data: bytes) -> str:
@@ -131,7 +131,7 @@ def _parse(text: str) -> Any:
         raise BadDocumentError(f"not valid JSON: {error}") from None
 
 
-def texts_of(value: Any, reading: Reading) -> list[str]:
+def texts_of(value: Any, reading: ReaderOptions) -> list[str]:
     """The text under each key of a JSON object; a conversation's turns where it has no such key.
 
     Raises `BadDocumentError`.

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from aquila.data.prepare.blocks import Block
-from aquila.data.prepare.documents import Found, Reading, as_reject, read_documents
+from aquila.data.prepare.documents import Document, ReaderOptions, as_reject, read_documents
 from aquila.tokenizer import Tokenizer, surrogate_at
 
 _HASH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedColumn:
     """Documents of one key: the bytes that a part adds to `.bin`, and the lengths of its documents."""
 
     tokens: bytes
@@ -25,10 +25,10 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedBlock:
     """What a block became."""
 
-    outputs: list[Encoded]
+    outputs: list[EncodedColumn]
     """One for each key."""
     documents: int
     lines: int
@@ -43,10 +43,10 @@ class Encoder:
     """Frames and encodes documents; the same for every block of a run."""
 
     tokenizer: Tokenizer
-    reading: Reading
+    reading: ReaderOptions
     allow_special: bool = False
 
-    def encode(self, block: Block) -> Part:
+    def encode(self, block: Block) -> EncodedBlock:
         """The part of one block. Raises `DamagedInputError`; bad documents are collected, not raised."""
         found, lines = read_documents(block, self.reading)
         documents: list[list[str]] = []
@@ -60,18 +60,18 @@ class Encoder:
         columns = [[texts[i] for texts in documents] for i in range(len(self.reading.keys))]
         text_bytes = sum(len(text.encode()) for column in columns for text in column)
         outputs = [self._framed(column) for column in columns]
-        return Part(outputs, len(documents), lines, text_bytes, rejects)
+        return EncodedBlock(outputs, len(documents), lines, text_bytes, rejects)
 
-    def _without_surrogates(self, document: Found) -> Found:
+    def _without_surrogates(self, document: Document) -> Document:
         """The document, or a bad one where a text holds half of a surrogate pair (JSON's `\\ud800`)."""
         for text in document.texts or ():
             if (place := surrogate_at(text)) is not None:
                 code = f"U+{ord(text[place]):04X}"
                 reason = f"character {place + 1} is {code}, half of a surrogate pair, which is no text"
-                return Found(document.line, None, reason, text)
+                return Document(document.line, None, reason, text)
         return document
 
-    def _framed(self, texts: list[str]) -> Encoded:
+    def _framed(self, texts: list[str]) -> EncodedColumn:
         if self.allow_special:
             ids = [self.tokenizer.encode_special_array(text) for text in texts]
             tokens, lengths = self.tokenizer.frame(ids)
@@ -79,4 +79,4 @@ class Encoder:
             tokens, lengths = self.tokenizer.encode_documents(texts)
         data = tokens.astype("<i4", copy=False).tobytes()
         lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, -1)
-        return Encoded(data, lengths.astype("<i4").tobytes(), lowest, highest, zlib.crc32(data))
+        return EncodedColumn(data, lengths.astype("<i4").tobytes(), lowest, highest, zlib.crc32(data))

@@ -10,10 +10,10 @@ from typing import Any
 from aquila.core.errors import UserError
 from aquila.core.files import sha256
 from aquila.data.meta import make_meta, tokenizer_facts
-from aquila.data.prepare.assemble import Assembly
+from aquila.data.prepare.assemble import DatasetWriter
 from aquila.data.prepare.blocks import BLOCK_BYTES, Block, cut
-from aquila.data.prepare.documents import Reading
-from aquila.data.prepare.encode import Encoder, Part
+from aquila.data.prepare.documents import ReaderOptions
+from aquila.data.prepare.encode import EncodedBlock, Encoder
 from aquila.data.prepare.inputs import Source, find_sources
 from aquila.data.prepare.pool import run_tasks
 from aquila.data.prepare.progress import Progress
@@ -25,7 +25,7 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Request:
+class PrepareOptions:
     """What is to be made."""
 
     inputs: Sequence[str]
@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PrepareResult:
     """What was made."""
 
     prefixes: list[str]
@@ -64,7 +64,7 @@ class Outcome:
     resumed_parts: int
 
 
-def make_datasets(request: Request, tokenizer: Tokenizer) -> Outcome:
+def make_datasets(request: PrepareOptions, tokenizer: Tokenizer) -> PrepareResult:
     """Makes the datasets, or goes on from the parts of an interrupted run.
 
     Raises `UserError` for wrong inputs, a bad document under `stop`, inputs that change meanwhile, and
@@ -73,7 +73,7 @@ def make_datasets(request: Request, tokenizer: Tokenizer) -> Outcome:
     started = time.monotonic()
     sources = find_sources(request.inputs)
     Path(request.output_prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
-    assembly = Assembly(request.prefixes, _plan(request, sources, tokenizer))
+    assembly = DatasetWriter(request.prefixes, _plan(request, sources, tokenizer))
     try:
         checksums = _append_parts(request, sources, assembly, tokenizer)
         _check_unchanged(sources)
@@ -88,7 +88,7 @@ def make_datasets(request: Request, tokenizer: Tokenizer) -> Outcome:
         assembly.finish(metas, request.rejects)
     finally:
         assembly.close()
-    return Outcome(
+    return PrepareResult(
         request.prefixes,
         state["documents"],
         [size // 4 for size in state["bin"]],
@@ -99,7 +99,7 @@ def make_datasets(request: Request, tokenizer: Tokenizer) -> Outcome:
     )
 
 
-def _plan(request: Request, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
+def _plan(request: PrepareOptions, sources: list[Source], tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the bytes of the output; not the workers, and not what is done with bad documents."""
     return {
         "format": _FORMAT,
@@ -112,8 +112,8 @@ def _plan(request: Request, sources: list[Source], tokenizer: Tokenizer) -> dict
     }
 
 
-def _reading(request: Request) -> Reading:
-    return Reading(request.keys, request.template)
+def _reading(request: PrepareOptions) -> ReaderOptions:
+    return ReaderOptions(request.keys, request.template)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def _tasks(sources: list[Source], blocks: Iterator[Block]) -> Iterator[Block | _
 
 
 def _append_parts(
-    request: Request, sources: list[Source], assembly: Assembly, tokenizer: Tokenizer
+    request: PrepareOptions, sources: list[Source], assembly: DatasetWriter, tokenizer: Tokenizer
 ) -> dict[str, str]:
     """Encodes what is not yet done; gives the checksum of each input."""
     encoder = Encoder(tokenizer, _reading(request), request.allow_special)
 
-    def work(task: Block | _Checksum) -> Part | str:
+    def work(task: Block | _Checksum) -> EncodedBlock | str:
         return sha256(task.source.path) if isinstance(task, _Checksum) else encoder.encode(task)
 
     blocks = cut(sources, text_lines=request.text_lines, columns=request.keys)
@@ -168,7 +168,7 @@ def _append_parts(
     return checksums
 
 
-def _append(assembly: Assembly, block: Block, part: Part, request: Request) -> None:
+def _append(assembly: DatasetWriter, block: Block, part: EncodedBlock, request: PrepareOptions) -> None:
     path = block.source.path
     if part.lines:
         base = assembly.line_base(path)
@@ -192,7 +192,7 @@ def _check_unchanged(sources: list[Source]) -> None:
 
 
 def _meta(
-    request: Request, tokenizer: Tokenizer, state: dict[str, Any], inputs: list[dict[str, Any]], i: int
+    request: PrepareOptions, tokenizer: Tokenizer, state: dict[str, Any], inputs: list[dict[str, Any]], i: int
 ) -> dict[str, Any]:
     counts = {
         "documents": state["documents"],

@@ -55,6 +55,27 @@ class MicroBatch(Protocol):
     def documents(self) -> torch.Tensor | None: ...
 
 
+class StepFlags(NamedTuple):
+    """What a rank tells the others with a step, or what all told.
+
+    stop: save and stop, when any rank wants it. save: save and go on, when any does. written: the save in
+    flight is written, when it is on every rank.
+    """
+
+    stop: bool
+    save: bool
+    written: bool
+
+    @classmethod
+    def of_all(cls, columns: Sequence[Sequence[float]]) -> "StepFlags":
+        """From each flag's values on all ranks."""
+        stop, save, written = columns
+        return cls(any(stop), any(save), all(written))
+
+
+NO_FLAGS = StepFlags(stop=False, save=False, written=False)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Of one optimizer step, the same on every rank.
@@ -62,7 +83,7 @@ class StepResult:
     loss: mean over ranks and micro steps. grad_norm: before clipping. skipped: the optimizer did
     not step because something was not finite, or the loss was a spike. rank_losses and
     forward_seconds: (world size,), to find who it was. bad_gradient_ranks: whose own gradients were not
-    finite. notices: for each notice given, whether any rank gave it, and whether all did.
+    finite. flags: what the ranks told one another with it.
     """
 
     loss: float
@@ -73,8 +94,7 @@ class StepResult:
     rank_losses: list[float]
     forward_seconds: list[float]
     bad_gradient_ranks: list[int]
-    any_notice: list[bool]
-    all_notice: list[bool]
+    flags: StepFlags
     passed_over: bool = False
     """Not taken because the run says so (`skip_steps`): no loss is known."""
 
@@ -234,12 +254,12 @@ class Engine:
         batches: Sequence[MicroBatch],
         learning_rate: float,
         *,
-        notices: Sequence[bool] = (),
+        flags: StepFlags = NO_FLAGS,
         spike_above: float | None = None,
     ) -> StepResult:
         """One optimizer step over `batches`, one micro step each; DeepSpeed averages over them.
 
-        notices: flags that travel with the losses, so that all ranks act on them at the same step.
+        flags: this rank's, which travel with the losses, so that all ranks act on them at the same step.
         spike_above: skip the step, on all ranks, when the mean loss is above this.
         """
         for group in self._engine.optimizer.param_groups:
@@ -267,7 +287,7 @@ class Engine:
             math.nan if norm is None else norm,
             forward_seconds,
         )
-        losses, gradients, norms, seconds, *flags = self.gather(*values, *notices)
+        losses, gradients, norms, seconds, *told = self.gather(*values, *flags)
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
@@ -280,13 +300,12 @@ class Engine:
             rank_losses=losses,
             forward_seconds=seconds,
             bad_gradient_ranks=[rank for rank, value in enumerate(gradients) if not math.isfinite(value)],
-            any_notice=[any(column) for column in flags],
-            all_notice=[all(column) for column in flags],
+            flags=StepFlags.of_all(told),
         )
 
-    def pass_over(self, notices: Sequence[bool]) -> StepResult:
-        """A step that is not taken: nothing changes, and the notices travel all the same."""
-        flags = self.gather(*notices)
+    def pass_over(self, flags: StepFlags) -> StepResult:
+        """A step that is not taken: nothing changes, and the flags travel all the same."""
+        told = self.gather(*flags)
         return StepResult(
             loss=math.nan,
             grad_norm=math.nan,
@@ -296,8 +315,7 @@ class Engine:
             rank_losses=[],
             forward_seconds=[],
             bad_gradient_ranks=[],
-            any_notice=[any(column) for column in flags],
-            all_notice=[all(column) for column in flags],
+            flags=StepFlags.of_all(told),
             passed_over=True,
         )
 

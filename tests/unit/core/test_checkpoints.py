@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aquila.core.checkpoints import damage, fingerprint, list_checkpoints
+from aquila.core.checkpoints import find_corruption, fingerprint, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.training.resume import find_resume
 
@@ -28,7 +28,7 @@ def test_every_fault_in_every_file_is_found_and_the_one_before_is_used(
     tmp_path: Path, name: str, fault: str, capsys
 ) -> None:
     whole, newest = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
-    assert damage(newest) is None
+    assert find_corruption(newest) is None
     path = newest / name
     data = bytearray(path.read_bytes())
     if fault == "missing":
@@ -38,7 +38,7 @@ def test_every_fault_in_every_file_is_found_and_the_one_before_is_used(
         path.write_bytes(data)
     else:
         path.write_bytes(data[:-7] if fault == "cut short" else data + b"}")
-    problem = damage(newest)
+    problem = find_corruption(newest)
     assert problem is not None
     assert name in problem or name == "manifest.json"
     assert find_resume(tmp_path, "auto") == whole
@@ -52,9 +52,9 @@ def test_a_manifest_that_is_json_but_no_manifest_is_damage(tmp_path: Path, text:
     assert text in whole
     for other in ('"qize"', "[", "0"):
         manifest.write_text(whole.replace(text, other, 1))
-        assert damage(manifest.parent) is not None
+        assert find_corruption(manifest.parent) is not None
     manifest.write_text('{"state.json": 5}')
-    assert damage(manifest.parent) is not None
+    assert find_corruption(manifest.parent) is not None
 
 
 def test_without_a_whole_one_nothing_is_guessed(tmp_path: Path) -> None:

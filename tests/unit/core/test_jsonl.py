@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from aquila.core.jsonl import Follower
+from aquila.core.jsonl import JsonlTail
 
 
 def test_only_new_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
-    follower = Follower(path)
+    follower = JsonlTail(path)
     assert follower.new_lines() == []
     with path.open("a") as file:
         file.write('{"step": 2}\n{"st')
@@ -20,7 +20,7 @@ def test_only_new_whole_lines(tmp_path: Path) -> None:
 
 def test_a_file_that_comes_later_and_one_cut_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    follower = Follower(path)
+    follower = JsonlTail(path)
     assert follower.new_lines() == []
     path.write_text('{"step": 1}\n{"step": 2}\n')
     assert len(follower.new_lines()) == 2

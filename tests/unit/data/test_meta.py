@@ -9,7 +9,7 @@ import pytest
 from aquila.core.errors import UserError
 from aquila.data.indexfile import bin_path, idx_path
 from aquila.data.meta import check_dataset, meta_path
-from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.tokenizer import load_tokenizer
 from tests.unit.data.conftest import write_dataset
 
@@ -22,7 +22,7 @@ def tokenizer(root):
 @pytest.fixture
 def made(tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "3 + 4 = 7."}\n{"text": "8 + 1 = 9."}\n')
-    make_datasets(Request([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), tokenizer)
+    make_datasets(PrepareOptions([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), tokenizer)
     return tmp_path / "d_text_document"
 
 

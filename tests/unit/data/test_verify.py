@@ -9,7 +9,7 @@ from aquila.core.errors import UserError
 from aquila.data.indexfile import bin_path, idx_path
 from aquila.data.merge import merge_datasets
 from aquila.data.meta import meta_path
-from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.data.verify import verify_dataset
 from aquila.tokenizer import load_tokenizer
 from tests.unit.data.conftest import write_dataset
@@ -25,7 +25,7 @@ def made(tokenizer, tmp_path):
     def make(name="d", count=5):
         lines = "".join(json.dumps({"text": f"{name} {i} + 1 = {i + 1}."}) + "\n" for i in range(count))
         (tmp_path / f"{name}.jsonl").write_text(lines)
-        make_datasets(Request([str(tmp_path / f"{name}.jsonl")], str(tmp_path / name)), tokenizer)
+        make_datasets(PrepareOptions([str(tmp_path / f"{name}.jsonl")], str(tmp_path / name)), tokenizer)
         return tmp_path / f"{name}_text_document"
 
     return make

@@ -9,7 +9,7 @@ import pytest
 
 from aquila.core.checkpoints import fingerprint
 from aquila.core.errors import UserError
-from aquila.generation.locate import find_model_dir
+from aquila.generation.locate import resolve_checkpoint
 from aquila.model.weights import resolve_model_dir
 from aquila.training.resume import find_resume
 
@@ -31,7 +31,7 @@ def test_newest_run_wins_with_its_highest_step(tmp_path):
     checkpoint(tmp_path, "a/v1", 900, when=1000)
     checkpoint(tmp_path, "b/v2", 10, when=2000)
     expected = checkpoint(tmp_path, "b/v2", 20, when=3000)
-    assert find_model_dir(None, tmp_path) == expected
+    assert resolve_checkpoint(None, tmp_path) == expected
 
 
 @pytest.mark.parametrize("latest", ["", "step-00000099", "../../../elsewhere"])
@@ -39,7 +39,7 @@ def test_what_the_file_latest_says_does_not_matter(tmp_path, latest):
     checkpoint(tmp_path, "a/v1", 5)
     expected = checkpoint(tmp_path, "a/v1", 7)
     (expected.parent / "latest").write_text(latest)
-    assert find_model_dir(None, tmp_path) == expected
+    assert resolve_checkpoint(None, tmp_path) == expected
 
 
 def test_a_flipped_bit_leads_to_the_checkpoint_before_as_in_training(tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_a_flipped_bit_leads_to_the_checkpoint_before_as_in_training(tmp_path, c
     damaged = checkpoint(tmp_path, "a/v1", 7)
     (damaged / "model.safetensors").write_bytes(b"weighus")
     run = damaged.parents[1]
-    assert find_model_dir(None, tmp_path) == whole
+    assert resolve_checkpoint(None, tmp_path) == whole
     assert str(damaged) in capsys.readouterr().err
     assert find_resume(run, "auto") == whole
     assert resolve_model_dir(run) == whole
@@ -55,31 +55,31 @@ def test_a_flipped_bit_leads_to_the_checkpoint_before_as_in_training(tmp_path, c
 
 def test_a_run_its_checkpoints_and_a_name_are_understood(tmp_path):
     folder = checkpoint(tmp_path, "a/v1", 5)
-    assert find_model_dir(str(folder), tmp_path) == folder
-    assert find_model_dir(str(folder.parent), tmp_path) == folder
-    assert find_model_dir(str(folder.parent.parent), tmp_path) == folder
+    assert resolve_checkpoint(str(folder), tmp_path) == folder
+    assert resolve_checkpoint(str(folder.parent), tmp_path) == folder
+    assert resolve_checkpoint(str(folder.parent.parent), tmp_path) == folder
     named = tmp_path / "checkpoints_in" / "mine"
     named.mkdir(parents=True)
     (named / "config.json").write_text("{}")
     (named / "pytorch_model.bin").write_bytes(b"")
-    assert find_model_dir("mine", tmp_path) == named
+    assert resolve_checkpoint("mine", tmp_path) == named
 
 
 def test_an_experiment_means_its_newest_run(tmp_path):
     checkpoint(tmp_path, "exp/v1", 5, when=1000)
     newest = checkpoint(tmp_path, "exp/v2", 3, when=2000)
     checkpoint(tmp_path, "other/v1", 9, when=3000)
-    assert find_model_dir(str(newest.parents[2]), tmp_path) == newest
+    assert resolve_checkpoint(str(newest.parents[2]), tmp_path) == newest
 
 
 def test_no_model_says_how_to_get_one(tmp_path):
     with pytest.raises(UserError, match=r"quickstart\.sh.*checkpoints_in"):
-        find_model_dir(None, tmp_path)
+        resolve_checkpoint(None, tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        find_model_dir(str(tmp_path / "no"), tmp_path)
+        resolve_checkpoint(str(tmp_path / "no"), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no weights"):
-        find_model_dir(str(tmp_path), tmp_path)
+        resolve_checkpoint(str(tmp_path), tmp_path)
 
 
 def test_finding_needs_no_torch():

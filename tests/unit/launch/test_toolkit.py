@@ -22,7 +22,7 @@ def cann(tmp_path: Path, monkeypatch) -> Path:
     info.write_text("package_name=Ascend-cann-toolkit\nversion=8.3.RC1\ninnerversion=V100R001C23\n")
     (home / "set_env.sh").write_text(
         f"export ASCEND_HOME_PATH='{home}' PYTHONPATH=/cann/python:$PYTHONPATH\n"
-        "export LD_LIBRARY_PATH=/cann/lib:$LD_LIBRARY_PATH\necho greetings\nfalse\n"
+        "export LD_LIBRARY_PATH=/cann/lib:$LD_LIBRARY_PATH\necho wait_for_hello\nfalse\n"
     )
     for name in (toolkit.HOME, "PYTHONPATH", "LD_LIBRARY_PATH", "HCCL_BUFFSIZE"):
         monkeypatch.setenv(name, "x")

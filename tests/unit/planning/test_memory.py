@@ -10,7 +10,7 @@ from aquila.backend import cpu, cuda, npu
 from aquila.config import ModelConfig, load_run_config
 from aquila.model import AquilaModel, loss
 from aquila.planning import memory
-from aquila.planning.memory import Setup, bytes_sent, estimate, layer_activations, setup_of
+from aquila.planning.memory import TrainingSetup, bytes_sent, estimate, layer_activations, setup_of
 from aquila.training.deepspeed import zero_step
 
 MODEL = ModelConfig(dim=128, n_layers=2, n_heads=4, multiple_of=32, vocab_size=500, max_seq_len=96)
@@ -42,7 +42,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(precision: str, kv_heads
         n: saved_bytes(AquilaModel(config.model_copy(update={"n_layers": n}), dtype=dtype), 3, 96)
         for n in (1, 2)
     }
-    setup = Setup(devices=1, batch_size=3, seq_length=96, precision=precision, one_pass=True)
+    setup = TrainingSetup(devices=1, batch_size=3, seq_length=96, precision=precision, one_pass=True)
     assert layers[2] - layers[1] == pytest.approx(layer_activations(config, setup), rel=0.02)
 
 
@@ -58,7 +58,7 @@ def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: in
         )
         for n in (1, 2)
     }
-    setup = Setup(
+    setup = TrainingSetup(
         devices=1,
         batch_size=2,
         seq_length=1024,
@@ -72,7 +72,7 @@ def test_attention_that_keeps_its_scores(kind: str, precision: str, kv_heads: in
 
 def test_the_triangle_keeps_its_probabilities() -> None:
     """A third of Aquila-7B's activations."""
-    setup = Setup(devices=8, batch_size=1, seq_length=2048, attention="triangle")
+    setup = TrainingSetup(devices=8, batch_size=1, seq_length=2048, attention="triangle")
     more = layer_activations(SEVEN_B, setup) - layer_activations(SEVEN_B, replace(setup, attention="fused"))
     assert more == pytest.approx(2 * 32 * 2048 * (2048 + 512) / 2, rel=0.02)
 
@@ -88,7 +88,7 @@ def test_the_optimizer_step_is_the_one_that_runs() -> None:
     """DeepSpeed's own step casts a rank's gradients to fp32 at once, and copies them on one device, too."""
     assert zero_step.BLOCK["cpu"] == memory.STEP_BLOCK_CPU
     assert memory.STEP_BLOCK == zero_step.LARGE_BLOCK
-    ours = Setup(devices=1, batch_size=1, seq_length=2048, bucket=1e8, checkpointed_layers=32)
+    ours = TrainingSetup(devices=1, batch_size=1, seq_length=2048, bucket=1e8, checkpointed_layers=32)
     theirs = replace(ours, blockwise=False)
     more = estimate(SEVEN_B, theirs).peak - estimate(SEVEN_B, ours).peak
     assert more > 3.5 * SEVEN_B.parameter_count()
@@ -109,7 +109,7 @@ def test_states_under_zero() -> None:
     """Sixteen bytes a parameter, divided as the ZeRO paper's figure 1 says."""
     total = SEVEN_B.parameter_count()
     assert total == 7_295_537_152
-    setup = Setup(devices=64, batch_size=1, seq_length=2048)
+    setup = TrainingSetup(devices=64, batch_size=1, seq_length=2048)
 
     def states(stage: int) -> float:
         found = estimate(SEVEN_B, replace(setup, zero_stage=stage))
@@ -122,7 +122,7 @@ def test_states_under_zero() -> None:
 
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
-    setup = Setup(devices=8, batch_size=1, seq_length=2048)
+    setup = TrainingSetup(devices=8, batch_size=1, seq_length=2048)
     here, away = estimate(SEVEN_B, setup), estimate(SEVEN_B, replace(setup, offload=True))
     assert (away.optimizer, away.gradients) == (0, 0)
     assert away.host >= here.optimizer
@@ -130,7 +130,7 @@ def test_offload_moves_the_optimizer_to_the_host() -> None:
 
 
 def test_recomputing_layers_lowers_the_peak_and_more_tokens_raise_it() -> None:
-    setup = Setup(devices=8, batch_size=2, seq_length=2048)
+    setup = TrainingSetup(devices=8, batch_size=2, seq_length=2048)
     peaks = [estimate(SEVEN_B, replace(setup, checkpointed_layers=n)).peak for n in (0, 8, 26, 32)]
     assert peaks == sorted(peaks, reverse=True)
     assert estimate(SEVEN_B, replace(setup, batch_size=4)).peak > peaks[0]
@@ -138,7 +138,7 @@ def test_recomputing_layers_lowers_the_peak_and_more_tokens_raise_it() -> None:
 
 def test_traffic() -> None:
     """ZeRO paper, section 7, but for stage 2, where DeepSpeed all-reduces in every micro step."""
-    setup = Setup(devices=4, batch_size=1, seq_length=8)
+    setup = TrainingSetup(devices=4, batch_size=1, seq_length=8)
     once = MODEL.parameter_count() * 2 * 3 / 4
     sent = [bytes_sent(MODEL, replace(setup, zero_stage=stage)) for stage in range(4)]
     assert sent == [2 * once, 2 * once, 3 * once, 3 * once]

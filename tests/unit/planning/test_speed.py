@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from aquila.config import ModelConfig
-from aquila.planning.memory import Setup
+from aquila.planning.memory import TrainingSetup
 from aquila.planning.speed import CHIPS, step_time
 
 AQUILA = ModelConfig(dim=4096, n_layers=32, n_heads=32, multiple_of=256, vocab_size=100008, max_seq_len=2048)
 LLAMA = AQUILA.model_copy(update={"vocab_size": 32000})
 CHIP = CHIPS["910B3"]
-PLAIN = Setup(devices=8, batch_size=2, seq_length=2048)
+PLAIN = TrainingSetup(devices=8, batch_size=2, seq_length=2048)
 ORIGINAL = replace(PLAIN, checkpointed_layers=26, attention="triangle", precision="fp16")
 
 
@@ -30,7 +30,7 @@ def test_the_original_s_step() -> None:
         (LLAMA, replace(PLAIN, batch_size=4), 8192 / 3763),
     ],
 )
-def test_published_rows(model: ModelConfig, setup: Setup, seconds: float) -> None:
+def test_published_rows(model: ModelConfig, setup: TrainingSetup, seconds: float) -> None:
     assert step_time(model, setup, CHIP, overlap=True).total == pytest.approx(seconds, rel=0.2)
 
 

@@ -3,17 +3,17 @@
 import pytest
 
 from aquila.core.errors import UserError
-from aquila.launch.cluster import Member, Members
+from aquila.launch.cluster import Cluster, NodeHandle
 from aquila.preflight.hosts import Hosts
-from aquila.preflight.local import Checked
+from aquila.preflight.local import PreflightReport
 
 
 @pytest.mark.parametrize("asked", [False, "rowwise"])
 def test_a_host_that_cannot_run_float8_is_named_when_the_run_wants_it(asked) -> None:
-    members = [Member(0, "node1", 1, False), Member(1, "node2", 1, False)]
+    members = [NodeHandle(0, "node1", 1, False), NodeHandle(1, "node2", 1, False)]
     for member in members:
         member.alive = True
-    hosts = Hosts(Members(members, print, 60.0), Checked())
+    hosts = Hosts(Cluster(members, print, 60.0), PreflightReport())
     hosts._fp8 = asked
     devices = {"count": 1, "device": "gpu", "name": "test", "fp8": "native"}
     answers = (devices, devices | {"fp8": "torchao is not installed; install it"})

@@ -15,7 +15,7 @@ from aquila.launch.device_probe import probe_devices
 from aquila.model import AquilaModel
 from aquila.model.weights import save_weights
 from aquila.preflight import local
-from aquila.preflight.local import FAIL, PASS, WARN, Checked, check_run
+from aquila.preflight.local import FAIL, PASS, WARN, PreflightReport, check_run
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "batch_size: 2\nlr: 1.0e-4\ndata_prefix: data/demo_text_document\n"
@@ -57,7 +57,7 @@ def write_dataset(prefix: Path, tokenizer: Tokenizer, ids: np.ndarray) -> None:
     write_meta(meta_path(prefix), make_meta(tokenizer_facts(tokenizer), counts, []))
 
 
-def check(project: Path, *overrides: str, model: str = "tiny", config: str = "run.yaml") -> Checked:
+def check(project: Path, *overrides: str, model: str = "tiny", config: str = "run.yaml") -> PreflightReport:
     return check_run(project / "hostfile", config, model, list(overrides), local=True, root=project)
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from aquila.training.deepspeed.engine import StepResult
+from aquila.training.deepspeed.engine import NO_FLAGS, StepResult
 from aquila.training.metrics import RunLog, StepTimer, forget_after, read_metrics
 from aquila.training.plot import smooth
 from aquila.training.state import TrainState
@@ -18,7 +18,7 @@ KEYS = [
 
 RESULT = StepResult(
     loss=2.5, grad_norm=1.0, loss_scale=1.0, skipped=False, spike=False, rank_losses=[2.5, 2.5],
-    forward_seconds=[0.1, 0.1], bad_gradient_ranks=[], any_notice=[], all_notice=[],
+    forward_seconds=[0.1, 0.1], bad_gradient_ranks=[], flags=NO_FLAGS,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ struct Shape {
 constexpr int64_t BLOCK = 64;  // queries, and keys, a block
 constexpr int64_t PARTS = BLOCK / 16;
 constexpr int64_t PAD = 32;  // rows a power of two apart would share few places of a cache
-constexpr float NOTHING = -1e30f;
+constexpr float NEG_INF = -1e30f;
 
 inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -136,7 +136,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
                     const int64_t position = start + i * BLOCK;
                     const int64_t last = std::min(position + BLOCK - 1, s.keys - 1);
                     __m512 top[PARTS], sum[PARTS], fade[PARTS];
-                    for (int part = 0; part < PARTS; part++) top[part] = _mm512_set1_ps(NOTHING), sum[part] = _mm512_setzero_ps();
+                    for (int part = 0; part < PARTS; part++) top[part] = _mm512_set1_ps(NEG_INF), sum[part] = _mm512_setzero_ps();
                     const int64_t from = seen.lowest / BLOCK;
                     for (int64_t j = from; j * BLOCK <= last; j++) {
                         multiply(key_rows + j * BLOCK * dim, dim, query + i * BLOCK * dim, 16 * dim, scores, BLOCK,

@@ -31,7 +31,7 @@ constexpr int64_t PAD = 32;         // rows a power of two apart would share few
 constexpr int64_t CACHE = 1 << 20;  // bytes that a pass's sums may take, most of a second cache
 constexpr int64_t BLOCK = 3 << 16;  // values of the output matrix that a block may have
 constexpr int64_t DEEPEST = 512;    // terms a product: its right operand stays in the first cache
-constexpr float NOTHING = -1e30f, LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float NEG_INF = -1e30f, LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr float ROOM = 30.0f;  // a maximum may be exceeded by so many powers of two before sums are scaled down
 
 inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
@@ -145,7 +145,7 @@ bool softmax_block(const Loss& s, const bf16* words, int64_t rows, const bf16* t
     exponentials.panel = 16 * s.block;
     for (int part = 0; part < 2; part++) {
         exponentials.top[part] = _mm512_load_ps(softmax.top + 16 * part);
-        exponentials.best[part] = _mm512_set1_ps(NOTHING), exponentials.sum[part] = _mm512_setzero_ps();
+        exponentials.best[part] = _mm512_set1_ps(NEG_INF), exponentials.sum[part] = _mm512_setzero_ps();
     }
     for (int64_t w = 0; w < s.block; w += TILE) {
         float* tile = tiles + w / TILE % 2 * TILE * SPAN;
@@ -194,7 +194,7 @@ void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_
             const int64_t own = std::min(at_once, s.tokens - from), spans = whole(own, SPAN) / SPAN;
             pack_transposed(hidden + from * dim, dim, own, dim, spans * SPAN, states);
             for (int64_t t = 0; t < spans; t++)
-                for (int64_t i = 0; i < SPAN; i++) softmax[t].top[i] = NOTHING, softmax[t].sum[i] = softmax[t].target[i] = 0;
+                for (int64_t i = 0; i < SPAN; i++) softmax[t].top[i] = NEG_INF, softmax[t].sum[i] = softmax[t].target[i] = 0;
             for (int64_t first = 0; first < s.vocab; first += s.block) {
                 block_of(s, weight, first, words);
                 if (gradient) transpose(words, dim + PAD, s.block, dim, s.block, turned_words, s.block + PAD);

@@ -8,7 +8,7 @@ import pytest
 from aquila.core.errors import UserError
 from aquila.data.indexfile import read_index
 from aquila.data.prepare import assemble, blocks
-from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.data.verify import verify_dataset
 from aquila.tokenizer import load_tokenizer
 
@@ -24,7 +24,7 @@ def request_of(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
 
     def request(name, keys=("text",)):
-        return Request([str(tmp_path / "d.jsonl")], str(tmp_path / name), on_error="skip", keys=keys)
+        return PrepareOptions([str(tmp_path / "d.jsonl")], str(tmp_path / name), on_error="skip", keys=keys)
 
     return request
 
@@ -49,7 +49,7 @@ def run_and_die_at(request, tokenizer, step):
     try:
         for name in STEPS:
             setattr(assemble, name, counted(getattr(assemble, name)))
-        assemble.Assembly._flush = counted(assemble.Assembly._flush)
+        assemble.DatasetWriter._flush = counted(assemble.DatasetWriter._flush)
         assemble.os.replace = counted(os.replace)
         assemble.shutil.rmtree = counted(assemble.shutil.rmtree)
         make_datasets(request, tokenizer)
@@ -132,5 +132,5 @@ def test_a_finished_dataset_survives_a_killed_run_that_comes_after(root, tmp_pat
     before = content(tmp_path, "d")
     (tmp_path / "d.jsonl").write_text("bad")
     with pytest.raises(UserError):
-        make_datasets(Request([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), tokenizer)
+        make_datasets(PrepareOptions([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), tokenizer)
     assert content(tmp_path, "d") == before

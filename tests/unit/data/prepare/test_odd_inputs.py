@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aquila.data.prepare.blocks import _batch_rows
-from aquila.data.prepare.documents import BadDocumentError, Reading, conversation, texts_of
+from aquila.data.prepare.documents import BadDocumentError, ReaderOptions, conversation, texts_of
 from aquila.data.prepare.inputs import find_sources
 
 
@@ -15,9 +15,9 @@ def test_a_parquet_cell_that_is_no_text_is_one_bad_document() -> None:
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"ok\xff\xfe")]
     batch = pa.RecordBatch.from_arrays([pa.Array.from_buffers(pa.string(), 2, buffers)], ["text"])
     good, bad = _batch_rows(batch)
-    assert texts_of(good, Reading()) == ["ok"]
+    assert texts_of(good, ReaderOptions()) == ["ok"]
     with pytest.raises(BadDocumentError, match="binary data"):
-        texts_of(bad, Reading())
+        texts_of(bad, ReaderOptions())
 
 
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None, 5, "x" * 10**6])

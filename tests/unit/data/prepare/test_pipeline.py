@@ -13,7 +13,7 @@ from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.prepare import blocks
 from aquila.data.prepare.documents import AQUILA_SYSTEM, conversation
 from aquila.data.prepare.inputs import find_sources
-from aquila.data.prepare.pipeline import Request, make_datasets
+from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.tokenizer import load_tokenizer
 
 TEXTS = [f"document {i}: " + "Monday 星期一 🙂\n" * (i % 7) + "end" for i in range(60)]
@@ -25,7 +25,7 @@ def tokenizer(root):
 
 
 def make(tokenizer, inputs, prefix, **options):
-    return make_datasets(Request([str(i) for i in inputs], str(prefix), **options), tokenizer)
+    return make_datasets(PrepareOptions([str(i) for i in inputs], str(prefix), **options), tokenizer)
 
 
 def documents(prefix):
@@ -93,9 +93,9 @@ def test_any_text_in_any_blocks(tokenizer, tmp_path_factory, texts, block, name)
         cut = list(blocks.cut(find_sources([str(folder / name)]), text_lines=False, columns=("text",)))
     finally:
         blocks.BLOCK_BYTES = before
-    from aquila.data.prepare.documents import Reading, read_documents
+    from aquila.data.prepare.documents import ReaderOptions, read_documents
 
-    found = [f for b in cut for f in read_documents(b, Reading())[0]]
+    found = [f for b in cut for f in read_documents(b, ReaderOptions())[0]]
     assert [f.texts for f in found] == [[t] for t in texts]
 
 
