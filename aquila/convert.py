@@ -22,7 +22,7 @@ from aquila.core.errors import UserError, run_command
 from aquila.core.files import temporary_name
 from aquila.core.text_files import read_json
 from aquila.generation.decode import Decoder
-from aquila.generation.locate import find_model_dir
+from aquila.generation.locate import resolve_checkpoint
 from aquila.generation.sampling import Sampling
 from aquila.model import AquilaModel, gguf, hf
 from aquila.model.files import TensorInfo, write_torch
@@ -47,7 +47,7 @@ GGUF_FILE = "model.gguf"
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = _parser().parse_args(arguments)
-    source, output = find_model_dir(str(args.input), Path.cwd()), args.output
+    source, output = resolve_checkpoint(str(args.input), Path.cwd()), args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another --output, or remove it first")
     dtype = DTYPES.get(args.dtype)

@@ -29,7 +29,7 @@ from aquila.core.errors import UserError, run_command
 from aquila.core.text_files import read_text
 from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.meta import check_dataset
-from aquila.generation.locate import find_model_dir
+from aquila.generation.locate import resolve_checkpoint
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("train", "valid", "test")
@@ -101,7 +101,7 @@ def main() -> int:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more (got {value})")
     if arguments.data.endswith((".bin", ".idx")) and Path(f"{arguments.data[:-4]}.idx").is_file():
         arguments.data = arguments.data[:-4]  # a file of the dataset for its prefix
-    model_dir = find_model_dir(arguments.model_dir, Path.cwd())
+    model_dir = resolve_checkpoint(arguments.model_dir, Path.cwd())
     tokenizer = load_tokenizer(model_dir)
     documents = open_documents(arguments.data, tokenizer, arguments.split, arguments.part, arguments.limit)
     from aquila.backend import get_backend

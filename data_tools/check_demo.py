@@ -25,12 +25,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     from aquila.generation import generate
-    from aquila.generation.locate import find_model_dir
+    from aquila.generation.locate import resolve_checkpoint
     from aquila.model import AquilaModel
     from aquila.tokenizer import load_tokenizer
     from aquila.training.metrics import read_metrics
 
-    folder = find_model_dir(arguments.model_dir, Path.cwd())
+    folder = resolve_checkpoint(arguments.model_dir, Path.cwd())
     tokenizer = load_tokenizer(folder)
     facts = draw_prompts(arguments.prompts, arguments.seed)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt, _ in facts]

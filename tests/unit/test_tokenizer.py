@@ -338,11 +338,11 @@ def test_sentencepiece_model(piece_dir):
 
 def test_sentencepiece_model_in_a_dataset(piece_dir, tmp_path):
     from aquila.data.indexfile import read_index, read_tokens
-    from aquila.data.prepare.pipeline import Request, make_datasets
+    from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 
     pieces = load_tokenizer(piece_dir)
     (tmp_path / "d.jsonl").write_text('{"text": "the day after Monday"}\n')
-    make_datasets(Request([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), pieces)
+    make_datasets(PrepareOptions([str(tmp_path / "d.jsonl")], str(tmp_path / "d")), pieces)
     prefix = tmp_path / "d_text_document"
     tokens = read_tokens(prefix, read_index(prefix)).tolist()
     assert tokens == [pieces.bos_id, *pieces.encode("the day after Monday"), pieces.eos_id]
