@@ -13,6 +13,7 @@ import yaml
 
 from aquila.acceptance.ranks import environment, start_ranks
 from aquila.acceptance.table import Measured, Skip, Table
+from aquila.core.jsonl import objects
 from aquila.core.paths import ROOT
 
 STEPS, SAVED = 8, 4
@@ -114,10 +115,8 @@ class Runs:
 
 def read_records(path: Path) -> list[dict]:
     """The steps of a `metrics.jsonl`, whole lines alone; none where there is no file yet."""
-    if not path.is_file():
-        return []
-    whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-    return [record for record in map(json.loads, whole) if record.get("loss") is not None]
+    found = objects(path.read_bytes()) if path.is_file() else []
+    return [record for record in found if record.get("loss") is not None]
 
 
 def loss_difference(one: list[dict], other: list[dict]) -> float:

@@ -1,8 +1,22 @@
-"""Reading `metrics.jsonl` as it grows."""
+"""JSON lines that another process writes: what is whole is read, what is not is left out."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from aquila.core.text_files import parse_json
+
+
+def objects(data: bytes) -> list[dict[str, Any]]:
+    """The objects of these lines; lines that are none, such as one cut short by a crash, are left out."""
+    found = []
+    for line in data.splitlines():
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 class JsonlTail:
@@ -27,13 +41,7 @@ class JsonlTail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self.position += len(whole)
-        found = []
-        for line in whole.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return [line for line in found if isinstance(line, dict)]
+        return objects(whole)
 
 
 def last_lines(path: Path, count: int, reach: int = 64 * 1024) -> list[dict[str, Any]]:
@@ -45,10 +53,4 @@ def last_lines(path: Path, count: int, reach: int = 64 * 1024) -> list[dict[str,
             lines = file.read().splitlines()[-count - 1 :]
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)][-count:]
+    return objects(b"\n".join(lines))[-count:]

@@ -6,7 +6,6 @@ still can) and then kills what is left.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import psutil
 from aquila.core import run_folder
 from aquila.core.errors import EXIT_USER_ERROR
 from aquila.core.jsonl import JsonlTail
+from aquila.core.lock import HeldError, take_lock
 from aquila.core.paths import source_hash
 from aquila.launch import failure, nodes
 from aquila.launch.node_probe import NodeProbe
@@ -132,12 +132,13 @@ class Agent(NodeProbe):
             folder.mkdir(parents=True, exist_ok=True)
             if takeover and version is not None:
                 end_earlier_agent(folder / version / "launch" / f"node-{node}.json", run_id)
-            running = self.take_lock(folder, node)
-            if running:
+            try:
+                self.lock = take_lock(folder / f".lock-{machine_key()}")
+            except HeldError as holder:
                 self.send(
                     "refused",
                     status=EXIT_USER_ERROR,
-                    message=f"{experiment} is running on this node already ({running}); stop it first with "
+                    message=f"{experiment} is running on this node already ({holder}); stop it first with "
                     f"'bash scripts/local_stop_docker.sh {experiment}', or choose another name",
                 )
                 return
@@ -153,20 +154,6 @@ class Agent(NodeProbe):
         self.state_path = run_dir / "launch" / f"node-{node}.json"
         self.write_state(state="ready", node=node, experiment=experiment, version=version, run_id=run_id)
         self.send("prepared", version=version, run_dir=str(run_dir), resumed=resumed)
-
-    def take_lock(self, folder: Path, node: str) -> str | None:
-        """None when this agent now holds the experiment on this machine, else who does."""
-        path = folder / f".lock-{machine_key()}"
-        self.lock = path.open("a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            return self.lock.read().strip() or "by another process"
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self.lock.flush()
-        return None
 
     def on_port(self, address: str) -> None:
         self.send("port", port=nodes.free_port(address))

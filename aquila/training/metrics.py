@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.core.files import write_atomically
-from aquila.core.text_files import parse_json
+from aquila.core.jsonl import objects
 from aquila.training.console import say
 from aquila.training.deepspeed.engine import StepResult
 from aquila.training.evaluation import Scores
@@ -243,16 +243,8 @@ def _number(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; lines that are none, such as one cut short by a crash, are left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            try:
-                record = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
-    return records
+    found = objects(path.read_bytes()) if path.is_file() else []
+    return [record for record in found if type(record.get("step")) is int]
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -5,7 +5,6 @@ plan (inputs, tokenizer, options), then one for each part appended. A run killed
 at most one part half appended; the next run with the same plan cuts that off and goes on.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 
 from aquila.core.errors import UserError
 from aquila.core.files import sha256, sync_file
+from aquila.core.lock import HeldError, take_lock
 from aquila.data.indexfile import bin_path, idx_path, write_index
 from aquila.data.meta import meta_path, write_meta
 from aquila.data.prepare.encode import EncodedBlock
@@ -50,11 +50,10 @@ class DatasetWriter:
         self._rejects = self._open("rejects.jsonl", self.state["rejects"])
 
     def _lock(self) -> None:
-        self._lock_file = open(self._folder / "lock", "w")  # noqa: SIM115
         try:
-            # A record lock: unlike flock's, the workers forked later do not hold it on after a kill.
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            # Workers forked later must not hold it on after a kill.
+            self._lock_file = take_lock(self._folder / "lock", inherited=False)
+        except HeldError:
             raise UserError(
                 f"another process is making {self._prefixes[0]}; wait for it, or choose another output prefix"
             ) from None
