@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from aquila.model.files import TensorInfo, write_torch
 from aquila.model.hf_tokenizer import RELEASED_FILES, copy_released, has_tokenizer, write_hf, write_json
 from aquila.model.llama_cpp import LlamaCpp, library
 from aquila.model.weights import Weights, check_names, load_config, write_sharded
+from aquila.tokenizer import load_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -65,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{source} -> {output} ({args.to})")
     if not args.verify:
         return 0
-    return verify(source, output / GGUF_FILE if args.to == "gguf" and output.is_dir() else output)
+    result = output / GGUF_FILE if args.to == "gguf" and output.is_dir() else output
+    return verify_tokens(source, result) or verify(source, result)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,6 +148,46 @@ def _write_hf_weights(
 
 
 # ---- verify ----------------------------------------------------------------------------------------------
+
+
+_TEXTS = (
+    "Hello, world!  two spaces", " x", "\tif (a <= 10):\n\n    return '½' ", "[CLS] </s> <|endoftext|> <s>",
+    "将进酒，杯莫停。 ﬁ 🙂 é", "",
+)  # fmt: skip
+
+
+def verify_tokens(source: Path, output: Path) -> int:
+    """Compares token ids, bos, eos and pad of a new Hugging Face folder; 1 where one differs."""
+    if output.suffix == ".gguf" or not has_tokenizer(source):
+        return 0
+    if not (output / "tokenizer_config.json").is_file():
+        theirs, by = load_tokenizer(output), "aquila"
+        ids = {mark: getattr(theirs, f"{mark}_id") for mark in ("bos", "eos", "pad")}
+        encode = theirs.encode
+    else:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            print("verify: the tokenizer is not checked: run `pip install transformers`", file=sys.stderr)
+            return 0
+        their = AutoTokenizer.from_pretrained(output)
+        by = "transformers"
+        ids = {mark: getattr(their, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
+
+        def encode(text: str) -> list[int]:
+            return their.encode(text, add_special_tokens=False)
+
+    with tempfile.TemporaryDirectory() as folder:  # the source may be in Hugging Face's files
+        ours = copy_released(source, Path(folder))
+        wrong = [f"{text!r}" for text in _TEXTS if encode(text) != ours.encode(text)]
+        for mark, index in ids.items():
+            if index is not None and index != getattr(ours, f"{mark}_id"):
+                wrong.append(f"{mark} is {index}, not {getattr(ours, f'{mark}_id')}")
+    if wrong:
+        print(f"error: {by} reads {output} with other token ids: {'; '.join(wrong)}", file=sys.stderr)
+        return 1
+    print(f"verify: {by} gives the same ids for {len(_TEXTS)} texts, and for bos, eos and pad")
+    return 0
 
 
 def verify(source: Path, output: Path) -> int:

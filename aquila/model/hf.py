@@ -99,49 +99,92 @@ def is_tied(folder: Path) -> bool:
 
 
 def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
-    """Our configuration of a Llama or Aquila2 `config.json`.
+    """Our configuration of a Llama or Aquila2 `config.json`; null stands for the default, as there.
 
-    Raises `UserError` naming the key when the model is another architecture or uses what Aquila lacks.
+    Raises `UserError` naming the key when a size is missing or no number, the model is another architecture,
+    or it uses what Aquila lacks.
     """
+    values = {key: value for key, value in values.items() if value is not None}
     if values.get("model_type") not in _MODEL_TYPES:
         raise UserError(
             f"{where}: model_type {values.get('model_type')!r} is not one of {', '.join(_MODEL_TYPES)}"
         )
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {
-        k: v for k, v in rope.items() if k == "rope_type" and v != "default"
-    }
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    read = _Reader(values, where)
+    dim, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    if dim % heads:
+        raise UserError(f"{where}: hidden_size {dim} is no multiple of num_attention_heads {heads}")
+    rope = read.table("rope_parameters")
     refused = {
-        "rope_scaling": bool(scaling),
+        "rope_scaling": not _scales_nothing(read.table("rope_scaling"), where),
+        "rope_parameters": not _scales_nothing(rope, where),
         "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "quantization_config": bool(values.get("quantization_config")),
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "head_dim": head_dim * values["num_attention_heads"] != values["hidden_size"],
+        "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
+        "head_dim": read.size("head_dim", dim // heads) * heads != dim,
+        "partial_rotary_factor": read.number("partial_rotary_factor", 1.0) != 1.0,
+        "sliding_window": bool(values.get("sliding_window")) and bool(values.get("use_sliding_window", True)),
     }
     for key, is_refused in refused.items():
         if is_refused:
-            raise UserError(
-                f"{where}: {key} = {values.get(key)!r} has no counterpart in Aquila's architecture"
-            )
+            shown = repr(values.get(key))
+            raise UserError(f"{where}: {key} = {shown} has no counterpart in Aquila's architecture")
+    theta = read.number(
+        "rope_theta", _Reader(rope, f"{where}: rope_parameters").number("rope_theta", 10000.0)
+    )
     ours = {
-        "dim": values["hidden_size"],
-        "n_layers": values["num_hidden_layers"],
-        "n_heads": values["num_attention_heads"],
-        "n_kv_heads": values.get("num_key_value_heads"),
-        "vocab_size": values["vocab_size"],
-        "hidden_dim": values["intermediate_size"],
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "max_seq_len": values.get("max_position_embeddings", 2048),
-        "rope_theta": float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        "initializer_range": values.get("initializer_range", 0.02),
+        "dim": dim,
+        "n_layers": read.size("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": read.size("num_key_value_heads", heads),
+        "vocab_size": read.size("vocab_size"),
+        "hidden_dim": read.size("intermediate_size"),
+        "norm_eps": read.number("rms_norm_eps", 1e-6),
+        "max_seq_len": read.size("max_position_embeddings", 2048),
+        "rope_theta": theta,
+        "initializer_range": read.number("initializer_range", 0.02),
     }
     config = validate(ModelConfig, ours, where)
     for formula in _FEED_FORWARD_FORMULAS:  # the size by its formula, where one of Aquila's gives it
         if config.model_copy(update={"hidden_dim": None, **formula}).ffn_dim == config.ffn_dim:
             return config.model_copy(update={"hidden_dim": None, **formula})
     return config
+
+
+class _Reader:
+    """Typed values of one table of a foreign config.json; a wrong one is a `UserError` with its key."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self._values, self._where = values, where
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self._values.get(key, default)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self._where}: {key} must be a whole number above 0, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number that is not below 0."""
+        value = self._values.get(key, default)
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            raise UserError(f"{self._where}: {key} must be a number, not below 0, got {value!r}")
+        return float(value)
+
+    def table(self, key: str) -> dict[str, Any]:
+        """A table; empty where the file has none."""
+        value = self._values.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self._where}: {key} must be a table, got {value!r}")
+        return value
+
+
+def _scales_nothing(rope: dict[str, Any], where: str) -> bool:
+    """Whether a table of rotary parameters leaves the angles as they are."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "linear":
+        return _Reader(rope, f"{where}: rope scaling").number("factor", 0.0) == 1.0
+    return kind == "default"
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

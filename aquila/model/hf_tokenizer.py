@@ -8,7 +8,8 @@ from typing import Any
 from aquila.core.errors import UserError
 from aquila.core.files import replacing
 from aquila.core.text_files import read_json
-from aquila.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
+from aquila.model.hf_sentencepiece import from_pieces
+from aquila.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 RELEASED_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model")
 
@@ -30,7 +31,7 @@ def copy_released(source: Path, target: Path) -> Tokenizer:
     A folder that has `tokenizer.json` alone gets its `vocab.json` and `merges.txt` out of it. Raises
     `UserError` for a tokenizer that is no byte-level BPE.
     """
-    if not (source / "vocab.json").is_file() and (source / "tokenizer.json").is_file():
+    if not any((source / name).is_file() for name in ("vocab.json", "tokenizer.model")):
         _unpack(source, target)
     else:
         for name in RELEASED_FILES:
@@ -53,17 +54,25 @@ def _unpack(source: Path, target: Path) -> None:
 def write_hf(tokenizer: Tokenizer, source: Path, target: Path, max_length: int) -> None:
     """Files with which `AutoTokenizer` gives the ids of `tokenizer`, and its bos, eos and pad.
 
-    As here, no token is put around a text, and a special token written out in a text stays text. A
-    SentencePiece model is copied as it is, for transformers' own Llama tokenizer.
+    As here, no token is put around a text, and a special token written out in a text stays text. Raises
+    `UserError` for a tokenizer whose ids `tokenizer.json` cannot give.
     """
-    if isinstance(tokenizer, BytePairTokenizer):
-        _byte_level(tokenizer, target / "tokenizer.json")
-        kind = "PreTrainedTokenizerFast"
-    else:
+    if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
-        kind = "LlamaTokenizer"
+        whole = from_pieces(tokenizer)
+    elif isinstance(tokenizer, BytePairTokenizer):
+        whole = _byte_level(tokenizer)
+    else:
+        raise TypeError(type(tokenizer))
+    _add_specials(whole, tokenizer)
+    with replacing(target / "tokenizer.json") as file:
+        file.write(whole.to_str(pretty=False).encode())
     names = {index: name for name, index in tokenizer.special_tokens.items()}
     marks = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        pad = tokenizer.pieces()[tokenizer.pad_id]
+        if not pad.is_text:
+            names.setdefault(tokenizer.pad_id, pad.text)
     if tokenizer.pad_id in names:
         marks["pad_token"] = marks["unk_token"] = names[tokenizer.pad_id]
     write_json(
@@ -73,7 +82,7 @@ def write_hf(tokenizer: Tokenizer, source: Path, target: Path, max_length: int) 
     write_json(
         target / "tokenizer_config.json",
         {
-            "tokenizer_class": kind,
+            "tokenizer_class": "PreTrainedTokenizerFast",
             **marks,
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
@@ -84,12 +93,19 @@ def write_hf(tokenizer: Tokenizer, source: Path, target: Path, max_length: int) 
     )
 
 
-def _byte_level(tokenizer: BytePairTokenizer, path: Path) -> None:
-    from tokenizers import AddedToken, decoders
+def _byte_level(tokenizer: BytePairTokenizer) -> Any:
+    """A copy of the definition, as the running one stays as it is, that decodes."""
     from tokenizers import Tokenizer as Definition
+    from tokenizers import decoders
 
-    whole = Definition.from_str(tokenizer.definition.to_str())  # a copy: the running one stays as it is
+    whole = Definition.from_str(tokenizer.definition.to_str())
     whole.decoder = decoders.ByteLevel()
+    return whole
+
+
+def _add_specials(whole: Any, tokenizer: Tokenizer) -> None:
+    from tokenizers import AddedToken
+
     specials = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     whole.add_special_tokens([AddedToken(name, special=True, normalized=False) for name, _ in specials])
     for name, index in specials:
@@ -98,5 +114,3 @@ def _byte_level(tokenizer: BytePairTokenizer, path: Path) -> None:
                 f"special token {name} has id {index} here; tokenizer.json would give it "
                 f"{whole.token_to_id(name)}: ids between the vocabulary and the special tokens are missing"
             )
-    with replacing(path) as file:
-        file.write(whole.to_str(pretty=False).encode())

@@ -12,11 +12,14 @@ import numpy as np
 
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json, read_text
-from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates
+from aquila.tokenizer.base import Tokenizer, fingerprint, refusing_surrogates, surrogate_at
 from aquila.tokenizer.fast import PROBE, VERSIONS, FastEncoder
 
 _LONG = 1 << 20
 """Texts above this many characters are encoded in pieces, so that memory follows the ids, not the text."""
+
+_MOST_IDS = 1 << 24
+"""Ids below this: a table by id is held in memory, and the embedding has a row for each."""
 
 # A letter or digit, then a space or punctuation: the pattern always ends a piece between the two, and
 # looks at nothing to the left, so text may be cut there without any change of its ids. The second set is
@@ -93,7 +96,7 @@ class BytePairTokenizer(Tokenizer):
             content = entry.get("content") if isinstance(entry, dict) else entry
             if content is None:
                 continue
-            if content not in self.special_tokens:
+            if not isinstance(content, str) or content not in self.special_tokens:
                 known = ", ".join(self.special_tokens)
                 raise UserError(f"{path}: {key} {content!r} is no special token; known are {known}")
             setattr(self, attribute, self.special_tokens[content])
@@ -166,8 +169,11 @@ def _token_to_bytes(token: str) -> bytes:
 
 def _read_vocab(path: Path) -> dict[str, int]:
     vocab = read_json(path)
-    if not vocab or not all(type(index) is int and index >= 0 for index in vocab.values()):
-        raise UserError(f"{path}: must map each token to its id, a whole number")
+    if not vocab or not all(type(index) is int and 0 <= index < _MOST_IDS for index in vocab.values()):
+        raise UserError(f"{path}: must map each token to its id, a whole number from 0 to {_MOST_IDS - 1}")
+    if surrogate_at("".join(vocab)) is not None:
+        token = next(token for token in vocab if surrogate_at(token) is not None)
+        raise UserError(f"{path}: token {token!a} is half of a surrogate pair, which is no text")
     if len(set(vocab.values())) != len(vocab):
         raise UserError(f"{path}: two tokens share an id")
     return vocab

@@ -18,6 +18,11 @@ class Piece(NamedTuple):
     score: float
     kind: int
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a text can hold it."""
+        return self.kind == 1
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, `tokenizer.model`; the special tokens follow its last id."""

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import aquila.convert as convert_module
 from aquila.config import ModelConfig
 from aquila.convert import DTYPES, main
 from aquila.core.errors import UserError
@@ -95,6 +96,80 @@ def test_auto_tokenizer_gives_the_same_ids(source, tmp_path):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert theirs.pad_token_id == ours.pad_id
     assert theirs.decode([ours.bos_id, *ours.encode("hi"), ours.eos_id], skip_special_tokens=True) == "hi"
+
+
+@pytest.fixture
+def with_pieces(source):
+    """Makes a checkpoint folder with a SentencePiece model trained with these options."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+
+    def make(**options):
+        folder, _ = source("plain")
+        texts = [f"the day after Monday is Tuesday {i} 星期一的后一天 aaa aa" for i in range(300)]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=330,
+            hard_vocab_limit=False, minloglevel=2, **options,
+        )  # fmt: skip
+        for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+            (folder / name).unlink()
+        tokenizer = load_tokenizer(folder)
+        config = ModelConfig(dim=64, n_heads=4, n_layers=1, vocab_size=tokenizer.vocab_size, max_seq_len=80)
+        save_weights(AquilaModel(config, dtype=torch.float32, seed=3), folder)
+        (folder / "config.json").write_text(json.dumps(config.model_dump()))
+        return folder, tokenizer
+
+    return make
+
+
+PLAIN_PIECES = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "bpe", "byte_fallback": True},
+        {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False},
+        {"model_type": "unigram"},
+    ],
+)
+def test_a_sentencepiece_model_keeps_its_ids(with_pieces, tmp_path, capsys, options):
+    transformers = pytest.importorskip("transformers")
+    folder, ours = with_pieces(**options, **PLAIN_PIECES)
+    assert convert(folder, tmp_path / "hf", "hf", "--verify") == 0
+    assert "transformers gives the same ids" in capsys.readouterr().out
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("the day", "  two", " x", "星期一 🙂 é\n", "[CLS] </s><s>", ""):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+        if options.get("byte_fallback"):
+            assert theirs.decode(ours.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert theirs.pad_token_id == ours.pad_id
+    convert(tmp_path / "hf", tmp_path / "back", "aquila")
+    assert load_tokenizer(tmp_path / "back").fingerprint == ours.fingerprint
+
+
+def test_a_sentencepiece_model_that_rewrites_its_text_is_refused(with_pieces, tmp_path):
+    folder, _ = with_pieces(model_type="bpe", byte_fallback=True, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(UserError, match="other ids than those of training"):
+        convert(folder, tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_verify_fails_on_other_token_ids(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    folder, _ = source("plain")
+    whole = convert_module.write_hf
+
+    def spoiled(tokenizer, source, target, length):
+        whole(tokenizer, source, target, length)
+        path = target / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["pre_tokenizer"]["add_prefix_space"] = True
+        path.write_text(json.dumps(content))
+
+    monkeypatch.setattr(convert_module, "write_hf", spoiled)
+    assert convert(folder, tmp_path / "hf", "hf", "--verify") == 1
+    assert "with other token ids" in capsys.readouterr().err
 
 
 def test_the_tokenizer_survives_every_way(source, tmp_path):

@@ -280,9 +280,13 @@ def test_special_tokens_that_the_vocabulary_already_has_keep_their_ids(tmp_path)
         ("vocab.json", "{", "not valid JSON"),
         ("vocab.json", '{"a": 0, "b": 0}', "share an id"),
         ("vocab.json", '{"a": "x"}', "whole number"),
+        ("vocab.json", '{"a": 2147483648}', "whole number from 0 to"),
+        ("vocab.json", '{"a": 0, "\\ud800": 1}', "half of a surrogate pair"),
         ("merges.txt", "#version\na b c\n", "line 2"),
         ("merges.txt", None, "does not exist"),
         ("special_tokens_map.json", '{"cls_token": "[BOS]"}', "is no special token"),
+        ("special_tokens_map.json", '{"cls_token": ["[CLS]"]}', "is no special token"),
+        ("special_tokens_map.json", '{"sep_token": 5}', "is no special token"),
     ],
 )
 def test_broken_files_are_named(root, tmp_path, name, content, message):

@@ -131,11 +131,41 @@ def test_tied_embeddings_fill_both_matrices(model, folder):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, aquila"),
         ({"head_dim": 32}, "head_dim"),
+        ({"vocab_size": None}, "vocab_size must be a whole number above 0, got None"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number"),
+        ({"intermediate_size": True}, "intermediate_size"),
+        ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a number"),
+        ({"rope_parameters": 7}, "rope_parameters must be a table"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": []}},
+            "rope_parameters: rope_theta|rope_theta",
+        ),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"sliding_window": 64}, "sliding_window"),
     ],
 )
 def test_what_aquila_lacks_is_refused(model, change, message):
     with pytest.raises(UserError, match=message):
         hf.config_from_hf({**hf.config_to_hf(model.config, "float32"), **change}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": None, "num_key_value_heads": None, "head_dim": None, "attention_bias": None},
+        {"hidden_act": "swish", "rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}, "sliding_window": None},
+    ],
+)
+def test_what_changes_nothing_is_accepted(model, change):
+    values = hf.config_to_hf(model.config, "float32")
+    values["rope_theta"] = 10000.0
+    values["num_key_value_heads"] = values["num_attention_heads"]
+    plain = hf.config_from_hf(values, "config.json")
+    assert hf.config_from_hf({**values, **change}, "config.json") == plain
 
 
 def test_all_that_does_not_fit_is_listed_and_nothing_loaded(model, folder):
