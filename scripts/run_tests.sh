@@ -5,6 +5,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 bash "$PROJECT/scripts/install.sh" --dev
+# Tests over several hosts need sshd and network namespaces: installed where that can be done. Without them
+# these tests are skipped, and the list at the end says so.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { [ -x /usr/sbin/sshd ] && command -v ip >/dev/null; }; then
+    { apt-get update -q && apt-get install -yq --no-install-recommends openssh-server iproute2; } >/dev/null 2>&1 ||
+        echo "note: apt-get could not install openssh-server and iproute2" >&2
+fi
 cd "$PROJECT"
 python="$(project_python)"
 "$python" -m ruff check .

@@ -77,7 +77,7 @@ def narrow_attention(
     scale = q.shape[-1] ** -0.5
     if q.dtype == torch.float16:
         q, scale = q * scale, 1.0
-    return reference.plain_attention(q, k, v, documents=documents, start=start, inner=_same, scale=scale)
+    return reference.plain_attention(q, k, v, documents=documents, start=start, cast=_same, scale=scale)
 
 
 def fused_or_same(asked: str) -> str:

@@ -111,13 +111,13 @@ def cross_entropy_(
 def loss_(logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float, gradient: bool) -> Tensor:
     """`reference.cross_entropy_` in a form that compiles to two kernels, without a scatter."""
     index, scale = labels[:, None], scale[:, None]
-    x = reference.wide(logits)
+    x = reference.upcast(logits)
     lse = torch.logsumexp(x, dim=1, keepdim=True)
     losses = lse - x.gather(1, index) + z_loss * lse.square()
     if gradient:
-        slope = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
+        grad_logits = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
         hit = torch.arange(x.shape[1], device=x.device)[None] == index
-        logits.copy_(slope - torch.where(hit, scale.to(x.dtype), 0.0))
+        logits.copy_(grad_logits - torch.where(hit, scale.to(x.dtype), 0.0))
     return losses[:, 0]
 
 
@@ -156,9 +156,9 @@ def adamw_(
     scalars: fp32 (4,) on the device: factor, 1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t).
     """
     factor, keep, rate, root = scalars.unbind()
-    slope = gradient.to(master.dtype) * factor
-    exp_avg.mul_(beta1).add_(slope * (1 - beta1))
-    exp_avg_sq.mul_(beta2).add_(slope * slope * (1 - beta2))
+    grad = gradient.to(master.dtype) * factor
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
     master.mul_(keep).sub_(rate * exp_avg / (exp_avg_sq.sqrt() / root + eps))
     weights.copy_(master)
 

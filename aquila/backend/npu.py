@@ -329,8 +329,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
-        return _turn(slope, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        return _turn(grad_output, *ctx.saved_tensors), None, None, None
 
 
 def _pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,7 +345,7 @@ def _pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, S, H, D) turned by angles (1 or B, S, 1, D)."""
     rows, _, heads, _ = x.shape
-    inner, angles = reference.wide(x), [cos, sin]
+    inner, angles = reference.upcast(x), [cos, sin]
     if cos.shape[0] > 1 or rows * heads >= _ROTARY_ROWS_LIMIT:
         # The kernel spreads angles over heads and a few rows, and takes no batch of angles: one long row.
         angles = [table.expand(rows, -1, -1, -1).flatten(0, 1)[None] for table in angles]
@@ -370,12 +370,12 @@ def cross_entropy_(
 
     Its own gradient allows no option to differ from the default; ours is made here, so none has to.
     """
-    x, index = reference.wide(logits), labels[:, None]
+    x, index = reference.upcast(logits), labels[:, None]
     losses, log_probabilities, _, _ = torch.ops.npu.npu_cross_entropy_loss(x, labels, reduction="none")
     lse = x.gather(1, index) - log_probabilities.gather(1, index)
     if gradient:
-        slope = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))
-        logits.copy_(slope.scatter_add(1, index, -scale[:, None].to(slope.dtype)))
+        grad_logits = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))
+        logits.copy_(grad_logits.scatter_add(1, index, -scale[:, None].to(grad_logits.dtype)))
     return losses + z_loss * lse[:, 0].square()
 
 
@@ -388,7 +388,7 @@ def square_sum(pieces: Iterable[Tensor]) -> Tensor:
     Rows of squares in fp32; their sums in pairs, each with its rounding error beside it (Knuth's TwoSum), so
     that the sum is as good as one in twice fp32's digits.
     """
-    rows = [sums for x in pieces for sums in _row_sums(reference.wide(x).flatten().square())]
+    rows = [sums for x in pieces for sums in _row_sums(reference.upcast(x).flatten().square())]
     high = torch.cat(rows) if rows else torch.zeros(1)
     low = torch.zeros_like(high)
     while len(high) > 1:

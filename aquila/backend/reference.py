@@ -19,7 +19,7 @@ ATTENTION_KINDS = ("fused", "triangle", "reference")
 TRIANGLE_BLOCK = 512
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype of the inner arithmetic: fp32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -53,17 +53,17 @@ def plain_attention(
     *,
     documents: Tensor | None = None,
     start: int = 0,
-    inner: Callable = wide,
+    cast: Callable = upcast,
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the visible keys, scale 1 / sqrt(D); (B, S, H, D) in and out.
 
-    `inner` makes the operands of both products; the softmax is in fp32 (fp64 for fp64) in any case.
+    `cast` makes the operands of both products; the softmax is in fp32 (fp64 for fp64) in any case.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seen = visible(q.shape[1], start, documents, q.device)[:, None]
-    q_BHSD, k_BHTD, v_BHTD = (inner(repeat_heads(x, q.shape[2])).transpose(1, 2) for x in (q, k, v))
-    scores = wide(q_BHSD @ k_BHTD.transpose(-1, -2)) * scale
+    q_BHSD, k_BHTD, v_BHTD = (cast(repeat_heads(x, q.shape[2])).transpose(1, 2) for x in (q, k, v))
+    scores = upcast(q_BHSD @ k_BHTD.transpose(-1, -2)) * scale
     probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return (probabilities.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2).to(q.dtype)
 
@@ -146,7 +146,7 @@ ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), fp32 inside."""
-    x_wide = wide(x)
+    x_wide = upcast(x)
     scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
     return (x_wide * scale).to(x.dtype) * weight
 
@@ -157,7 +157,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x (B, S, H, D); cos, sin fp32 (1 or B, S, D / 2), fp32 inside.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
-    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
@@ -177,17 +177,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def add_weight_gradient(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
-    """out = beta out + slope^T x, in place: out (N, K), slope (T, N), x (T, K), beta 0 or 1.
+def add_weight_gradient(out: Tensor, grad_output: Tensor, x: Tensor, beta: int) -> None:
+    """out = beta out + grad_output^T x, in place: out (N, K), grad_output (T, N), x (T, K), beta 0 or 1.
 
     `out` may be fp32 where the others are narrower.
     """
     if out.dtype == x.dtype:
-        out.addmm_(slope.t(), x, beta=beta)
+        out.addmm_(grad_output.t(), x, beta=beta)
     elif x.dtype == torch.float16:  # a sum over tokens may leave fp16's range
-        out.addmm_(slope.t().float(), x.float(), beta=beta)
+        out.addmm_(grad_output.t().float(), x.float(), beta=beta)
     else:
-        product = slope.t() @ x
+        product = grad_output.t() @ x
         out.add_(product) if beta else out.copy_(product)
 
 
@@ -251,8 +251,8 @@ def _runs(lengths: list[int]) -> list[tuple[slice, int]]:
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = wide(q) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ wide(v)).to(q.dtype)
+    scores = upcast(q) @ upcast(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ upcast(v)).to(q.dtype)
 
 
 def prepare_weight(weight: Tensor) -> None:
@@ -268,12 +268,12 @@ def cross_entropy_(
     them: scale * ((1 + 2 z_loss lse) p - onehot). `labels` int64 (N,), `scale` fp32 (N,).
     """
     index, scale = labels[:, None], scale[:, None]
-    x = wide(logits)
+    x = upcast(logits)
     lse = torch.logsumexp(x, dim=1, keepdim=True)
     losses = lse - x.gather(1, index) + z_loss * lse.square()
     if gradient:
-        slope = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
-        logits.copy_(slope.scatter_add(1, index, -scale.to(x.dtype)))
+        grad_logits = (x - lse).exp() * (scale * (1 + 2 * z_loss * lse))
+        logits.copy_(grad_logits.scatter_add(1, index, -scale.to(x.dtype)))
     return losses[:, 0]
 
 
@@ -313,11 +313,11 @@ def adamw(
     """
     beta1, beta2 = settings["betas"]
     for weights, master, gradient, exp_avg, exp_avg_sq in blocks:
-        wide = gradient.to(master.dtype)
+        grad = gradient.to(master.dtype)
         if isinstance(factor, Tensor) or factor != 1.0:
-            wide = wide * factor if wide is gradient else wide.mul_(factor)
+            grad = grad * factor if grad is gradient else grad.mul_(factor)
         torch._fused_adamw_(
-            [master], [wide], [exp_avg], [exp_avg_sq], [], [step],
+            [master], [grad], [exp_avg], [exp_avg_sq], [], [step],
             lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
             eps=settings["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip

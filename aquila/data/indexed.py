@@ -214,7 +214,8 @@ class Corpus:
         return order
 
     def _build(self, epoch: int) -> EpochOrder:
-        # RandomState's streams are frozen by NumPy's compatibility promise (NEP 19).
+        # Frozen: every draw from `random` and their order, for runs in flight resume by them. Guarded by
+        # tests/unit/data/. RandomState's streams are frozen by NumPy's compatibility promise (NEP 19).
         random = np.random.RandomState(self._seed if epoch == 0 else [self._seed, epoch])
         documents = np.arange(self._documents.start, self._documents.stop, dtype=np.int32)
         random.shuffle(documents)

@@ -65,10 +65,10 @@ class _CrossEntropy(torch.autograd.Function):
         # Under fp16 the mean's division waits for backward, where the loss scale has come in.
         scale = mask * FP16_SCALE if half else mask / total
         ctx.rest = 1 / (total * FP16_SCALE) if half else None
-        wanted = tuple(with_gradients and wants for wants in ctx.needs_input_grad[:2])
+        needs_grad = tuple(with_gradients and wants for wants in ctx.needs_input_grad[:2])
         given = hidden, weight, labels, scale, z_loss
-        found = None if chunk else backend.whole_cross_entropy(*given, wanted)
-        losses, *ctx.gradients = _chunked(*given, wanted, chunk, backend) if found is None else found
+        found = None if chunk else backend.whole_cross_entropy(*given, needs_grad)
+        losses, *ctx.gradients = _chunked(*given, needs_grad, chunk, backend) if found is None else found
         ctx.dtype = weight.dtype
         return (losses * mask).sum() / total
 
@@ -92,7 +92,7 @@ def _chunked(
     labels: Tensor,
     scale: Tensor,
     z_loss: float,
-    wanted: tuple[bool, bool],
+    needs_grad: tuple[bool, bool],
     chunk: int | None,
     backend: ModuleType,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -100,14 +100,18 @@ def _chunked(
     chunk = chunk or chunk_tokens(hidden.shape[0], weight.shape[0], hidden.dtype, backend)
     rounds = weight.dtype == torch.bfloat16 and -(-hidden.shape[0] // chunk) > MAX_ROUNDINGS
     in_fp32 = weight.dtype == torch.float16 or rounds
-    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-    weight_grad = torch.empty_like(weight, dtype=torch.float32 if in_fp32 else None) if wanted[1] else None
+    hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
+    weight_grad = (
+        torch.empty_like(weight, dtype=torch.float32 if in_fp32 else None) if needs_grad[1] else None
+    )
     losses = []
     held = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
     for first in range(0, hidden.shape[0], chunk):
         part = slice(first, first + chunk)
         logits = torch.mm(hidden[part], weight.t(), out=held[: len(hidden[part])])
-        losses.append(backend.cross_entropy_(logits, labels[part], scale[part], z_loss, gradient=any(wanted)))
+        losses.append(
+            backend.cross_entropy_(logits, labels[part], scale[part], z_loss, gradient=any(needs_grad))
+        )
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[part])
         if weight_grad is not None:

@@ -4,6 +4,9 @@ Symbols: P parameters, N devices, T = batch_size x sequence tokens of a micro st
 training dtype. Sources: ZeRO (arXiv 1910.02054, section 3 and 7.2) for states and traffic; the list of
 saved activations is that of `model/aquila.py`, counted with autograd's saved-tensor hooks and tested
 against them; the whole is tested against measured peaks.
+
+Frozen: nothing. Free: everything that keeps within 15 % of the measured peaks; constants named "as in" follow
+their file. Guarded by: tests/unit/planning/, tests/integration/test_launch_memory.py.
 """
 
 from dataclasses import dataclass

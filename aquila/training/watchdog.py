@@ -3,6 +3,9 @@
 Each rank has a thread that is told of every finished step. When none has come for `timeout` seconds it
 writes the rank's stacks to its log and a short report beside the other ranks'; after a grace for all
 reports each rank names those that do not merely wait for others, and ends itself.
+
+Frozen: nothing. Free: everything; but `_WAITING` and `_READING` name files and functions of this project, so
+whoever renames one renames it here. Guarded by: tests/unit/training/test_watchdog.py.
 """
 
 import faulthandler

@@ -31,7 +31,7 @@ void rows_of(T* logits, const int64_t* labels, const float* scale, float* losses
         const float lse = float(std::log(total) + top), target = float(x[labels[row]]);
         losses[row] = lse - target + z_loss * lse * lse;
         if (!gradient) continue;
-        const float slope = scale[row] * (1 + 2 * z_loss * lse), factor = float(slope / total);
+        const float grad_logit = scale[row] * (1 + 2 * z_loss * lse), factor = float(grad_logit / total);
         const float own = exponential(target - top) * factor - scale[row];
 #pragma omp simd
         for (int64_t i = 0; i < vocab; i++) store(x + i, exponential(float(x[i]) - top) * factor);

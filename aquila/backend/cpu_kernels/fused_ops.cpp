@@ -39,7 +39,7 @@ void norm(const T* x, const T* weight, T* y, float* scale, int64_t rows, int64_t
 // The gradient of a table of rows: for each row the sum over the tokens that took it, in their order; others zero.
 // taken: the tokens' rows in ascending order, which the tokens `order` took.
 template <class T>
-void table(const T* slope, const int64_t* taken, const int64_t* order, T* gradient, int64_t tokens, int64_t rows,
+void table(const T* grad_output, const int64_t* taken, const int64_t* order, T* gradient, int64_t tokens, int64_t rows,
            int64_t dim, int threads) {
     constexpr int64_t BLOCK = 512;
 #pragma omp parallel num_threads(threads)
@@ -56,7 +56,7 @@ void table(const T* slope, const int64_t* taken, const int64_t* order, T* gradie
                 }
                 std::fill(sum.begin(), sum.end(), 0.0f);
                 for (; at < tokens && taken[at] == row; at++)
-                    for (int64_t i = 0; i < dim; i++) sum[i] += float(slope[order[at] * dim + i]);
+                    for (int64_t i = 0; i < dim; i++) sum[i] += float(grad_output[order[at] * dim + i]);
                 for (int64_t i = 0; i < dim; i++) store(to + i, sum[i]);
             }
         }
@@ -73,20 +73,20 @@ void norm_backward(const T* x, const T* weight, const float* scale, const T* dy,
     for (int64_t part = 0; part < parts; part++) {
         float* own = sums.data() + part * dim;
         for (int64_t r = part * ROWS; r < std::min(rows, (part + 1) * ROWS); r++) {
-            const T *from = x + r * dim, *slope = dy + r * dim;
+            const T *from = x + r * dim, *dy_row = dy + r * dim;
             T* to = dx + r * dim;
             const float by = scale[r];
             float mean = 0;
 #pragma omp simd reduction(+ : mean)
             for (int64_t i = 0; i < dim; i++) {
-                const float n = float(from[i]) * by, g = float(slope[i]);
+                const float n = float(from[i]) * by, g = float(dy_row[i]);
                 own[i] += g * n;
                 mean += g * float(weight[i]) * n;
             }
             mean /= dim;
 #pragma omp simd
             for (int64_t i = 0; i < dim; i++)
-                store(to + i, by * (float(slope[i]) * float(weight[i]) - float(from[i]) * by * mean));
+                store(to + i, by * (float(dy_row[i]) * float(weight[i]) - float(from[i]) * by * mean));
         }
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -121,9 +121,9 @@ void gated_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, i
         const int64_t last = std::min(count, first + CHUNK);
 #pragma omp simd
         for (int64_t i = first; i < last; i++) {
-            const float g = gate[i], s = sigmoid(g), slope = dy[i];
-            store(dup + i, slope * g * s);
-            store(dgate + i, slope * float(up[i]) * s * (1.0f + g * (1.0f - s)));
+            const float g = gate[i], s = sigmoid(g), dy_i = dy[i];
+            store(dup + i, dy_i * g * s);
+            store(dgate + i, dy_i * float(up[i]) * s * (1.0f + g * (1.0f - s)));
         }
     }
 }
@@ -193,7 +193,8 @@ struct Adam {
 };
 
 // AdamW (arXiv 1711.05101) over fp32 master weights and moments; the gradient times factor; weights: their copy.
-// Operation for operation as torch's fused AdamW rounds them.
+// Operation for operation as torch's fused AdamW rounds them. Frozen: the operations on an element and their order;
+// free: parts and threads. Guarded by tests/unit/backend/cpu_kernels/test_fused_ops.py, bit for bit.
 template <class T>
 void adamw(T* weights, float* master, const T* gradient, float* first, float* second, const Adam& a, int64_t count,
            int threads) {
@@ -239,9 +240,9 @@ void adamw(T* weights, float* master, const T* gradient, float* first, float* se
                                   float direction, int threads) {                                                   \
         rotary((const T*)x, c, s, (T*)y, batch, positions, heads, half, batch_step, direction, threads);            \
     }                                                                                                               \
-    extern "C" void table_##NAME(const void* slope, const int64_t* taken, const int64_t* order, void* gradient,     \
+    extern "C" void table_##NAME(const void* grad_output, const int64_t* taken, const int64_t* order, void* gradient,     \
                                  int64_t tokens, int64_t rows, int64_t dim, int threads) {                          \
-        table((const T*)slope, taken, order, (T*)gradient, tokens, rows, dim, threads);                             \
+        table((const T*)grad_output, taken, order, (T*)gradient, tokens, rows, dim, threads);                             \
     }                                                                                                               \
     extern "C" void squares_##NAME(const void* x, double* out, int64_t count, int threads) {                        \
         squares((const T*)x, out, count, threads);                                                                  \

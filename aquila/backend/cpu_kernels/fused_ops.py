@@ -80,10 +80,21 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        _call("norm_backward", x, x, weight, scale, slope.contiguous(), dx, dweight, len(scale), x.shape[-1])
+        _call(
+            "norm_backward",
+            x,
+            x,
+            weight,
+            scale,
+            grad_output.contiguous(),
+            dx,
+            dweight,
+            len(scale),
+            x.shape[-1],
+        )
         return dx, dweight, None
 
 
@@ -101,11 +112,11 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx, grad_output: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
         taken, order = tokens.flatten().sort(stable=True)
-        gradient = slope.new_empty(ctx.like)
-        _call("table", slope, slope.contiguous(), taken, order, gradient, len(taken), *ctx.like)
+        gradient = grad_output.new_empty(ctx.like)
+        _call("table", grad_output, grad_output.contiguous(), taken, order, gradient, len(taken), *ctx.like)
         return None, gradient
 
 
@@ -137,10 +148,10 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _call("gated_backward", gate, gate, up, slope.contiguous(), dgate, dup, gate.numel())
+        _call("gated_backward", gate, gate, up, grad_output.contiguous(), dgate, dup, gate.numel())
         return dgate, dup
 
 
@@ -159,8 +170,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(slope, *ctx.saved_tensors, -1.0), None, None
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad_output, *ctx.saved_tensors, -1.0), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:

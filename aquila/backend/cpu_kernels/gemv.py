@@ -28,24 +28,28 @@ _HUGE_PAGE, _ADVISE_HUGE, _ADVISE_COLLAPSE = 2 << 20, 14, 25  # Linux: MADV_HUGE
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """As `reference.step_linear`."""
-    rows, inner = x.shape
+    rows, columns = x.shape
     kernel = _kernels().get((x.dtype, weight.dtype))
-    if kernel is None or not _few(rows, inner, weight) or not (x.is_contiguous() and weight.is_contiguous()):
+    if (
+        kernel is None
+        or not _few(rows, columns, weight)
+        or not (x.is_contiguous() and weight.is_contiguous())
+    ):
         return reference.step_linear(x, weight, scale)
     out = x.new_empty(rows, weight.shape[0])
     scales = None if scale is None else scale.data_ptr()
     kernel(
-        x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), rows, weight.shape[0], inner,
+        x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), rows, weight.shape[0], columns,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _few(rows: int, inner: int, weight: Tensor) -> bool:
+def _few(rows: int, columns: int, weight: Tensor) -> bool:
     tiles = _tile_rows()
-    if tiles and weight.shape[0] % 16 == 0 and inner % 32 == 0:
+    if tiles and weight.shape[0] % 16 == 0 and columns % 32 == 0:
         return rows <= tiles
-    return rows <= 2 or (rows <= _MOST_ROWS and (rows * inner <= _MOST_X or weight.dtype == torch.int8))
+    return rows <= 2 or (rows <= _MOST_ROWS and (rows * columns <= _MOST_X or weight.dtype == torch.int8))
 
 
 def available() -> bool:

@@ -9,6 +9,7 @@ from traceback import FrameSummary
 
 import pytest
 
+from aquila.training import watchdog
 from aquila.training.watchdog import waits_for_others
 
 ALONE = """
@@ -65,3 +66,9 @@ def test_one_that_is_alive_is_left_alone_and_one_that_is_not_is_ended(tmp_path: 
     assert done.returncode == 1
     assert done.stdout.startswith("alive\n")
     assert "Stuck: rank 0 at <string>:9 in <module>" in done.stdout
+
+
+def test_the_files_it_knows_are_there(root):
+    own = [part for part in watchdog._WAITING if part.startswith("aquila/")]
+    assert own
+    assert all((root / part).is_file() for part in own)

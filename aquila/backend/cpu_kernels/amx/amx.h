@@ -164,7 +164,7 @@ inline __m512i pairs(const bf16* above, const bf16* below) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// A 16 by 16 matrix of 32-bit values, turned over its diagonal.
+// A 16 by 16 matrix of 32-bit values, transposed over its diagonal.
 inline void turn(__m512i* v) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {

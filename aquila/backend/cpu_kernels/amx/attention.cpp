@@ -31,11 +31,11 @@ constexpr float NEG_INF = -1e30f;
 inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
 // What the queries of a block see. Padded queries see what their position says: nobody looks at them.
-struct Seen {
+struct CausalDocumentMask {
     __m512i last[PARTS], first[PARTS];
     int32_t lowest, highest;  // of first
 
-    Seen(const Shape& s, int64_t batch, int64_t block) {
+    CausalDocumentMask(const Shape& s, int64_t batch, int64_t block) {
         alignas(64) int32_t from[BLOCK];
         lowest = INT32_MAX, highest = 0;
         for (int64_t i = 0; i < BLOCK; i++) {
@@ -68,8 +68,8 @@ void copy(const bf16* x, int64_t row, int64_t rows, int64_t dim, int64_t high, b
     }
 }
 
-// x (dim, columns) fp32, turned and rounded: out rows of dim; factor (columns) or null.
-void turned(const float* x, int64_t x_row, int64_t dim, int64_t columns, const float* factor, bf16* out, int64_t out_row) {
+// x (dim, columns) fp32, transpose_rounded and rounded: out rows of dim; factor (columns) or null.
+void transpose_rounded(const float* x, int64_t x_row, int64_t dim, int64_t columns, const float* factor, bf16* out, int64_t out_row) {
     for (int64_t c = 0; c < columns; c += 16)
         for (int64_t d = 0; d < dim; d += 16) {
             __m512i v[16];
@@ -83,7 +83,7 @@ void turned(const float* x, int64_t x_row, int64_t dim, int64_t columns, const f
 
 // The rows of scores that a block of keys gives, kept as the right operand of the product with V^T.
 // Returns whether any maximum rose.
-bool softmax_block(const float* scores, int64_t first_key, const Seen& seen, bool whole, float scale, __m512* top,
+bool softmax_block(const float* scores, int64_t first_key, const CausalDocumentMask& seen, bool whole, float scale, __m512* top,
                    __m512* sum, __m512* fade, bf16* out) {
     bool risen = false;
     for (int part = 0; part < PARTS; part++) {
@@ -132,7 +132,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
             for (int64_t h = kv * groups; h < (kv + 1) * groups; h++) {
                 pack_transposed(q + b * s.q_batch + h * s.q_head, s.q_row, s.queries, dim, queries, query);
                 for (int64_t i = 0; i < queries / BLOCK; i++) {
-                    const Seen seen(s, b, i);
+                    const CausalDocumentMask seen(s, b, i);
                     const int64_t position = start + i * BLOCK;
                     const int64_t last = std::min(position + BLOCK - 1, s.keys - 1);
                     __m512 top[PARTS], sum[PARTS], fade[PARTS];
@@ -158,7 +158,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
                         _mm512_store_ps(most + 16 * part, top[part]), _mm512_store_ps(total + 16 * part, sum[part]);
                     }
                     bf16* to = out + ((b * s.queries + i * BLOCK) * s.heads + h) * dim;
-                    turned(sums, BLOCK, dim, own, inverse, to, s.heads * dim);
+                    transpose_rounded(sums, BLOCK, dim, own, inverse, to, s.heads * dim);
                     for (int64_t r = 0; r < own; r++)
                         lse[(b * s.heads + h) * s.queries + i * BLOCK + r] = most[r] + std::log(total[r]);
                 }
@@ -168,22 +168,22 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
 }
 
 // P^T and dS^T of a block, as left operands; dS^T as a right operand, too.
-void slopes(const float* scores, const float* dp, int64_t first_key, const Seen& seen, bool whole, float scale,
+void score_gradients(const float* scores, const float* dp, int64_t first_key, const CausalDocumentMask& seen, bool whole, float scale,
             const float* lse, const float* delta, bf16* p_rows, bf16* ds_rows, bf16* ds_pairs) {
     for (int part = 0; part < PARTS; part++) {
         const __m512 own_lse = _mm512_load_ps(lse + 16 * part), own_delta = _mm512_load_ps(delta + 16 * part);
         for (int64_t r = 0; r < BLOCK; r += 2) {
-            __m256i slope[2];
+            __m256i grad_score[2];
             for (int h = 0; h < 2; h++) {
                 const int64_t at = (r + h) * BLOCK + 16 * part;
                 __m512 p = exponential(_mm512_fmsub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scale), own_lse));
                 if (!whole) p = _mm512_maskz_mov_ps(seen(first_key + r + h, part), p);
                 const __m512 d = _mm512_sub_ps(_mm512_load_ps(dp + at), own_delta);
-                slope[h] = rounded(_mm512_mul_ps(_mm512_mul_ps(p, d), _mm512_set1_ps(scale)));
+                grad_score[h] = rounded(_mm512_mul_ps(_mm512_mul_ps(p, d), _mm512_set1_ps(scale)));
                 _mm256_store_si256((__m256i*)(p_rows + at), rounded(p));
-                _mm256_store_si256((__m256i*)(ds_rows + at), slope[h]);
+                _mm256_store_si256((__m256i*)(ds_rows + at), grad_score[h]);
             }
-            _mm512_store_si512(ds_pairs + part * 16 * BLOCK + 16 * r, paired(slope[0], slope[1]));
+            _mm512_store_si512(ds_pairs + part * 16 * BLOCK + 16 * r, paired(grad_score[0], grad_score[1]));
         }
     }
 }
@@ -198,8 +198,8 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
         memory.start((high + PAD) * dim * (7 * sizeof(bf16) + 3 * sizeof(float)) + BLOCK * BLOCK * (3 * 2 + 2 * 4) + 8 * high + 128);
         const int64_t all = high * dim, square = BLOCK * BLOCK, long_row = high + PAD;
         bf16 *key_rows = memory.take<bf16>(all), *value_rows = memory.take<bf16>(all);
-        bf16 *keys_turned = memory.take<bf16>(long_row * dim), *query_turned = memory.take<bf16>(all);
-        bf16 *query_pairs = memory.take<bf16>(all), *grad_turned = memory.take<bf16>(all);
+        bf16 *keys_transposed = memory.take<bf16>(long_row * dim), *query_transposed = memory.take<bf16>(all);
+        bf16 *query_pairs = memory.take<bf16>(all), *grad_transposed = memory.take<bf16>(all);
         bf16 *grad_pairs = memory.take<bf16>(all), *p_rows = memory.take<bf16>(square);
         bf16 *ds_rows = memory.take<bf16>(square), *ds_pairs = memory.take<bf16>(square);
         float *scores = memory.take<float>(square), *dp = memory.take<float>(square);
@@ -211,13 +211,13 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
             const bf16* own_k = k + b * s.k_batch + kv * s.k_head;
             copy(own_k, s.k_row, n, dim, high, key_rows);
             copy(v + b * s.v_batch + kv * s.v_head, s.v_row, n, dim, high, value_rows);
-            transpose(own_k, s.k_row, n, dim, high, keys_turned, long_row);
+            transpose(own_k, s.k_row, n, dim, high, keys_transposed, long_row);
             for (int64_t h = kv * groups; h < (kv + 1) * groups; h++) {
                 const bf16* own_q = q + b * s.q_batch + h * s.q_head;
                 const bf16 *own_grad = grad + b * n * row + h * dim, *own_out = out + b * n * row + h * dim;
-                pack_transposed(own_q, s.q_row, n, dim, high, query_turned);
+                pack_transposed(own_q, s.q_row, n, dim, high, query_transposed);
                 pack(own_q, s.q_row, n, dim, high, query_pairs);
-                pack_transposed(own_grad, row, n, dim, high, grad_turned);
+                pack_transposed(own_grad, row, n, dim, high, grad_transposed);
                 pack(own_grad, row, n, dim, high, grad_pairs);
                 for (int64_t i = 0; i < high; i++) {
                     float sum = 0;
@@ -228,26 +228,26 @@ void backward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const
                 }
                 std::memset(sum_q, 0, all * sizeof(float));
                 for (int64_t i = 0; i < high / BLOCK; i++) {
-                    const Seen seen(s, b, i);
+                    const CausalDocumentMask seen(s, b, i);
                     for (int64_t j = seen.lowest / BLOCK; j <= i; j++) {
                         const bool more = h > kv * groups || i > j;  // the first to see a key sets its sums
-                        multiply(key_rows + j * BLOCK * dim, dim, query_turned + i * BLOCK * dim, 16 * dim, scores,
+                        multiply(key_rows + j * BLOCK * dim, dim, query_transposed + i * BLOCK * dim, 16 * dim, scores,
                                  BLOCK, BLOCK, BLOCK, dim, false);
-                        multiply(value_rows + j * BLOCK * dim, dim, grad_turned + i * BLOCK * dim, 16 * dim, dp, BLOCK,
+                        multiply(value_rows + j * BLOCK * dim, dim, grad_transposed + i * BLOCK * dim, 16 * dim, dp, BLOCK,
                                  BLOCK, BLOCK, dim, false);
-                        slopes(scores, dp, j * BLOCK, seen, seen.wholly(j * BLOCK, i * BLOCK), s.scale,
+                        score_gradients(scores, dp, j * BLOCK, seen, seen.wholly(j * BLOCK, i * BLOCK), s.scale,
                                own_lse + i * BLOCK, delta + i * BLOCK, p_rows, ds_rows, ds_pairs);
                         multiply(p_rows, BLOCK, grad_pairs + i * BLOCK * 16, 16 * high, sum_v + j * BLOCK * dim, dim,
                                  BLOCK, dim, BLOCK, more);
                         multiply(ds_rows, BLOCK, query_pairs + i * BLOCK * 16, 16 * high, sum_k + j * BLOCK * dim, dim,
                                  BLOCK, dim, BLOCK, more);
-                        multiply(keys_turned + j * BLOCK, long_row, ds_pairs, 16 * BLOCK, sum_q + i * BLOCK * dim, BLOCK,
+                        multiply(keys_transposed + j * BLOCK, long_row, ds_pairs, 16 * BLOCK, sum_q + i * BLOCK * dim, BLOCK,
                                  dim, BLOCK, BLOCK, true);
                     }
                 }
                 bf16* to = dq + b * n * row + h * dim;
                 for (int64_t i = 0; i < high / BLOCK; i++)
-                    turned(sum_q + i * BLOCK * dim, BLOCK, dim, std::min(BLOCK, n - i * BLOCK), nullptr,
+                    transpose_rounded(sum_q + i * BLOCK * dim, BLOCK, dim, std::min(BLOCK, n - i * BLOCK), nullptr,
                            to + i * BLOCK * row, row);
             }
             const int64_t kv_row = s.kv_heads * dim;

@@ -2,7 +2,7 @@
 //
 // Forward, x w^T, and the input's gradient, y w: the weight is packed once, by all threads together, into parts
 // that stay in a core's second cache while it takes 32 tokens after the other. The weight's gradient, y^T x, summed
-// over tokens: its left operand is turned in the cache, a block at a time.
+// over tokens: its left operand is transposed in the cache, a block at a time.
 
 #include <algorithm>
 
@@ -27,8 +27,8 @@ inline void put(const float* sums, int64_t sums_row, int64_t rows, int64_t colum
         }
 }
 
-// out (rows, n) = x (rows, k) b (k, n), b being w (k, n) or, `turned`, the transpose of w (n, k).
-void product(const bf16* x, int64_t x_row, const bf16* w, bool turned, bf16* out, int64_t rows, int64_t n, int64_t k,
+// out (rows, n) = x (rows, k) b (k, n), b being w (k, n) or, `transposed`, the transpose of w (n, k).
+void product(const bf16* x, int64_t x_row, const bf16* w, bool transposed, bf16* out, int64_t rows, int64_t n, int64_t k,
              int threads) {
     const int64_t part = std::min(n, std::max<int64_t>(32, PART / int64_t(2 * k) / 32 * 32));
     static thread_local Memory shared;
@@ -44,7 +44,7 @@ void product(const bf16* x, int64_t x_row, const bf16* w, bool turned, bf16* out
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < n; c += PACKED) {
             const int64_t wide = std::min(PACKED, n - c);
-            if (turned) pack_transposed(w + c * k, k, wide, k, wide, packed + c * k);
+            if (transposed) pack_transposed(w + c * k, k, wide, k, wide, packed + c * k);
             else pack(w + c, n, k, wide, k, packed + c * k);
         }
         for (int64_t first = 0; first < n; first += part) {
@@ -123,12 +123,12 @@ void gradient(const bf16* y, int64_t y_row, const bf16* x, W* w, int64_t tokens,
 extern "C" {
 int amx_available() { return tiles_allowed(); }
 
-// out (rows, n) = x (rows, k) b, rows x_row elements apart; b is w (k, n) or, `turned`, the transpose of w (n, k).
+// out (rows, n) = x (rows, k) b, rows x_row elements apart; b is w (k, n) or, `transposed`, the transpose of w (n, k).
 // n and k: multiples of 32.
-void product_bf16(const void* x, int64_t x_row, const void* w, int turned, void* out, int64_t rows, int64_t n, int64_t k,
+void product_bf16(const void* x, int64_t x_row, const void* w, int transposed, void* out, int64_t rows, int64_t n, int64_t k,
                   int threads) {
 #if defined(TILES)
-    product((const bf16*)x, x_row, (const bf16*)w, turned, (bf16*)out, rows, n, k, threads);
+    product((const bf16*)x, x_row, (const bf16*)w, transposed, (bf16*)out, rows, n, k, threads);
 #endif
 }
 

@@ -29,21 +29,24 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, turned=True)
+        return _product(x, weight, transposed=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx, dweight = _product(slope, weight, turned=False) if ctx.needs_input_grad[0] else None, None
+        dx, dweight = (
+            _product(grad_output, weight, transposed=False) if ctx.needs_input_grad[0] else None,
+            None,
+        )
         if ctx.needs_input_grad[1]:
             dweight = torch.empty_like(weight)
-            add(dweight, slope.flatten(0, -2), x.flatten(0, -2), 0)
+            add(dweight, grad_output.flatten(0, -2), x.flatten(0, -2), 0)
         return dx, dweight
 
 
-def _product(x: Tensor, weight: Tensor, *, turned: bool) -> Tensor:
-    """x weight^T where `turned`, else x weight; over the last dimension of x."""
+def _product(x: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """x weight^T where `transposed`, else x weight; over the last dimension of x."""
     x = x.contiguous()
     k = x.shape[-1]
     n = weight.numel() // k
@@ -52,25 +55,27 @@ def _product(x: Tensor, weight: Tensor, *, turned: bool) -> Tensor:
     kernel.restype = None
     kernel.argtypes = [_POINTER, _SIZE, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _SIZE, _FLAG]
     kernel(
-        x.data_ptr(), k, weight.data_ptr(), int(turned), out.data_ptr(), rows, n, k, torch.get_num_threads()
+        x.data_ptr(), k, weight.data_ptr(), int(transposed), out.data_ptr(), rows, n, k,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def add(out: Tensor, slope: Tensor, x: Tensor, beta: int) -> None:
+def add(out: Tensor, grad_output: Tensor, x: Tensor, beta: int) -> None:
     """As `reference.add_weight_gradient`; summed in fp32, rounded once a call."""
-    narrow = all(t.dtype == torch.bfloat16 for t in (slope, x)) and out.dtype in (
+    narrow = all(t.dtype == torch.bfloat16 for t in (grad_output, x)) and out.dtype in (
         torch.bfloat16,
         torch.float32,
     )
-    dense = out.is_contiguous() and slope.stride(1) == 1 and x.shape[0] > 0 and x.shape[1] % 32 == 0
+    dense = out.is_contiguous() and grad_output.stride(1) == 1 and x.shape[0] > 0 and x.shape[1] % 32 == 0
     if not (narrow and dense and amx.available()):
-        return reference.add_weight_gradient(out, slope, x, beta)
+        return reference.add_weight_gradient(out, grad_output, x, beta)
     x = x.contiguous()
     kernel = native.library("amx/linear.cpp").weight_gradient
     kernel.restype = None
     kernel.argtypes = [_POINTER, _SIZE, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _SIZE, _FLAG, _FLAG]
     kernel(
-        slope.data_ptr(), slope.stride(0), x.data_ptr(), out.data_ptr(), int(out.dtype == torch.float32),
-        *slope.shape, x.shape[1], beta, torch.get_num_threads(),
+        grad_output.data_ptr(), grad_output.stride(0), x.data_ptr(), out.data_ptr(),
+        int(out.dtype == torch.float32),
+        *grad_output.shape, x.shape[1], beta, torch.get_num_threads(),
     )  # fmt: skip

@@ -20,12 +20,12 @@ struct Loss {
     int64_t tokens, vocab, dim;
     float z_loss;
     int32_t threads;
-    int64_t block;  // words of the vocabulary at a time, a multiple of TILE
+    int64_t block;  // rows of the vocabulary at a time, a multiple of TILE
 };
 
 #if defined(TILES)
 constexpr int64_t SPAN = 32;        // tokens whose logits are held at once
-constexpr int64_t TILE = 32;        // words of them
+constexpr int64_t TILE = 32;        // rows of them
 constexpr int64_t DEPTH = 256;      // tokens a product of the matrix's gradient
 constexpr int64_t PAD = 32;         // rows a power of two apart would share few places of a cache
 constexpr int64_t CACHE = 1 << 20;  // bytes that a pass's sums may take, most of a second cache
@@ -60,7 +60,7 @@ struct Exponentials {  // of which pass 1 takes the sum: 2^(logit log2(e) - top)
     bf16* out;                 // null for none
     __m512 top[2], sum[2], best[2];
 
-    void start(const float* tile, int64_t words, bf16* to) { logits = tile, row = 0, rows = words, out = to; }
+    void start(const float* tile, int64_t vocab_rows, bf16* to) { logits = tile, row = 0, rows = vocab_rows, out = to; }
     void operator()() {
         if (row == TILE) return;
         for (int part = 0; part < 2; part++) {
@@ -80,7 +80,7 @@ struct Exponentials {  // of which pass 1 takes the sum: 2^(logit log2(e) - top)
     void finish() { while (row < TILE) (*this)(); }
 };
 
-struct Slopes {  // of the sum of scale * loss, as a left operand
+struct LogitGradients {  // of the sum of scale * loss, as a left operand
     const float* logits;
     int64_t row = TILE, out_row;
     bf16* out;
@@ -104,11 +104,11 @@ struct Slopes {  // of the sum of scale * loss, as a left operand
 
 // A tile of logits, from 32 rows of a block and a span of packed tokens.
 template <class Work>
-inline void logits_of(const Loss& s, const bf16* words, const bf16* tokens, float* logits, Work&& beside) {
+inline void logits_of(const Loss& s, const bf16* vocab_rows, const bf16* tokens, float* logits, Work&& beside) {
     for (int64_t d = 0; d < s.dim; d += DEEPEST) {
         const bf16* right = tokens + 16 * d;
         begin(logits, SPAN, d > 0);
-        accumulate<false>(words + d, s.dim + PAD, right, right + 16 * s.dim, std::min(DEEPEST, s.dim - d), beside);
+        accumulate<false>(vocab_rows + d, s.dim + PAD, right, right + 16 * s.dim, std::min(DEEPEST, s.dim - d), beside);
         end(logits, SPAN);
     }
 }
@@ -139,7 +139,7 @@ void hidden_gradient(const Loss& s, const float* sums, const float* factor, cons
 // Returns whether a maximum rose out of reach: then it is the new top, `fade` says how sums shrink, and all is to
 // be done again.
 template <class Work>
-bool softmax_block(const Loss& s, const bf16* words, int64_t rows, const bf16* tokens, const int64_t* labels, int64_t own,
+bool softmax_block(const Loss& s, const bf16* vocab_rows, int64_t rows, const bf16* tokens, const int64_t* labels, int64_t own,
                    float* tiles, Softmax& softmax, float* fade, bf16* shares, Work&& beside) {
     Exponentials exponentials;
     exponentials.panel = 16 * s.block;
@@ -149,7 +149,7 @@ bool softmax_block(const Loss& s, const bf16* words, int64_t rows, const bf16* t
     }
     for (int64_t w = 0; w < s.block; w += TILE) {
         float* tile = tiles + w / TILE % 2 * TILE * SPAN;
-        logits_of(s, words + w * (s.dim + PAD), tokens, tile, [&] { exponentials(), beside(); });
+        logits_of(s, vocab_rows + w * (s.dim + PAD), tokens, tile, [&] { exponentials(), beside(); });
         exponentials.finish();
         exponentials.start(tile, rows - w, shares ? shares + 16 * w : nullptr);
         for (int64_t i = 0; i < own; i++)
@@ -175,7 +175,7 @@ bool softmax_block(const Loss& s, const bf16* words, int64_t rows, const bf16* t
 
 // Losses, each token's log2 of its sum and gradient of its label's logit, and the hidden states' gradient, or null.
 void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_t* labels, const float* scale,
-             float* losses, float* lse, float* label_slope, bf16* gradient) {
+             float* losses, float* lse, float* label_gradient, bf16* gradient) {
     const int64_t dim = s.dim, at_once = tokens_at_once(s);
 #pragma omp parallel num_threads(s.threads)
     {
@@ -183,7 +183,7 @@ void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_
         static thread_local Memory memory;
         memory.start((s.block * (dim + PAD) + dim * (s.block + PAD) + at_once * dim + SPAN * s.block) * sizeof(bf16) +
                      (2 * TILE * SPAN + at_once * dim) * sizeof(float) + at_once / SPAN * sizeof(Softmax) + 512);
-        bf16 *words = memory.take<bf16>(s.block * (dim + PAD)), *turned_words = memory.take<bf16>(dim * (s.block + PAD));
+        bf16 *vocab_rows = memory.take<bf16>(s.block * (dim + PAD)), *transposed_vocab = memory.take<bf16>(dim * (s.block + PAD));
         bf16 *states = memory.take<bf16>(at_once * dim), *shares = memory.take<bf16>(SPAN * s.block);
         float *tiles = memory.take<float>(2 * TILE * SPAN), *sums = memory.take<float>(at_once * dim);
         Softmax* softmax = memory.take<Softmax>(at_once / SPAN);
@@ -196,20 +196,20 @@ void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_
             for (int64_t t = 0; t < spans; t++)
                 for (int64_t i = 0; i < SPAN; i++) softmax[t].top[i] = NEG_INF, softmax[t].sum[i] = softmax[t].target[i] = 0;
             for (int64_t first = 0; first < s.vocab; first += s.block) {
-                block_of(s, weight, first, words);
-                if (gradient) transpose(words, dim + PAD, s.block, dim, s.block, turned_words, s.block + PAD);
+                block_of(s, weight, first, vocab_rows);
+                if (gradient) transpose(vocab_rows, dim + PAD, s.block, dim, s.block, transposed_vocab, s.block + PAD);
                 const int64_t next = std::min(s.block, std::max<int64_t>(0, s.vocab - first - s.block));
                 Ahead ahead(weight + (first + s.block) * dim, next * dim * sizeof(bf16), spans * s.block / TILE * dim / 32);
                 for (int64_t t = 0; t < spans; t++) {
                     const int64_t here = std::min(SPAN, own - t * SPAN);
                     for (int64_t i = 0; i < here; i++) own_labels[i] = labels[from + t * SPAN + i] - first;
                     float* sum = sums + t * SPAN * dim;
-                    while (softmax_block(s, words, s.vocab - first, states + t * SPAN * dim, own_labels, here, tiles,
+                    while (softmax_block(s, vocab_rows, s.vocab - first, states + t * SPAN * dim, own_labels, here, tiles,
                                          softmax[t], fade, gradient ? shares : nullptr, ahead))
                         if (gradient && first > 0)
                             for (int64_t at = 0; at < dim * SPAN; at += 16)
                                 _mm512_store_ps(sum + at, _mm512_mul_ps(_mm512_load_ps(sum + at), _mm512_load_ps(fade + at % SPAN)));
-                    if (gradient) multiply(turned_words, s.block + PAD, shares, 16 * s.block, sum, SPAN, dim, SPAN, s.block, first > 0);
+                    if (gradient) multiply(transposed_vocab, s.block + PAD, shares, 16 * s.block, sum, SPAN, dim, SPAN, s.block, first > 0);
                 }
             }
             for (int64_t t = 0; t < spans; t++) {
@@ -218,11 +218,11 @@ void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_
                     factor[i] = 0;
                     if (i >= here) continue;
                     const float log2_sum = softmax[t].top[i] + std::log2(softmax[t].sum[i]), log_sum = log2_sum * LN2;
-                    const float slope = scale[at + i] * (1 + 2 * s.z_loss * log_sum), target = softmax[t].target[i];
+                    const float grad_logit = scale[at + i] * (1 + 2 * s.z_loss * log_sum), target = softmax[t].target[i];
                     lse[at + i] = log2_sum;
                     losses[at + i] = log_sum - target + s.z_loss * log_sum * log_sum;
-                    label_slope[at + i] = slope * std::exp(target - log_sum) - scale[at + i];
-                    factor[i] = slope / softmax[t].sum[i];
+                    label_gradient[at + i] = grad_logit * std::exp(target - log_sum) - scale[at + i];
+                    factor[i] = grad_logit / softmax[t].sum[i];
                 }
                 if (gradient)
                     hidden_gradient(s, sums + t * SPAN * dim, factor, scale + at, labels + at, weight, here, gradient + at * dim);
@@ -233,7 +233,7 @@ void forward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_
 
 // The output matrix's gradient (vocab, dim), from what `forward` gave.
 void backward(const Loss& s, const bf16* hidden, const bf16* weight, const int64_t* labels, const float* scale,
-              const float* lse, const float* label_slope, bf16* gradient) {
+              const float* lse, const float* label_gradient, bf16* gradient) {
     const int64_t dim = s.dim, deep = whole(s.tokens, DEPTH), row = DEPTH + PAD;
     static thread_local Memory shared;
     shared.start(2 * deep * dim * sizeof(bf16) + 2 * deep * sizeof(float) + 256);
@@ -248,7 +248,7 @@ void backward(const Loss& s, const bf16* hidden, const bf16* weight, const int64
         Tiles tile_unit;
         static thread_local Memory memory;
         memory.start((s.block * (dim + PAD) + s.block * row) * sizeof(bf16) + (2 * TILE * SPAN + s.block * (dim + PAD)) * sizeof(float) + 256);
-        bf16 *words = memory.take<bf16>(s.block * (dim + PAD)), *slope = memory.take<bf16>(s.block * row);
+        bf16 *vocab_rows = memory.take<bf16>(s.block * (dim + PAD)), *grad_logit = memory.take<bf16>(s.block * row);
         float *tiles = memory.take<float>(2 * TILE * SPAN), *sums = memory.take<float>(s.block * (dim + PAD));
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < deep; t += SPAN)
@@ -259,30 +259,30 @@ void backward(const Loss& s, const bf16* hidden, const bf16* weight, const int64
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < s.vocab; first += s.block) {
             const int64_t rows = std::min(s.block, s.vocab - first);
-            block_of(s, weight, first, words);
-            Slopes slopes;
-            slopes.out_row = row;
+            block_of(s, weight, first, vocab_rows);
+            LogitGradients logit_gradients;
+            logit_gradients.out_row = row;
             for (int64_t from = 0; from < deep; from += DEPTH) {
                 for (int64_t t = from; t < from + DEPTH; t += SPAN) {
                     Ahead next_states(states + (t + SPAN) * dim, t + SPAN < deep ? SPAN * dim * sizeof(bf16) : 0, s.block / TILE * dim / 32);
                     Ahead pairs_ahead(pairs_of_states + from * dim + (t - from) * dim, SPAN * dim * sizeof(bf16), s.block / TILE * dim / 32);
                     for (int part = 0; part < 2; part++) {
-                        slopes.lse[part] = _mm512_loadu_ps(own_lse + t + 16 * part);
-                        slopes.factor[part] = _mm512_loadu_ps(factor + t + 16 * part);
+                        logit_gradients.lse[part] = _mm512_loadu_ps(own_lse + t + 16 * part);
+                        logit_gradients.factor[part] = _mm512_loadu_ps(factor + t + 16 * part);
                     }
                     for (int64_t w = 0; w < s.block; w += TILE) {
                         float* tile = tiles + w / TILE % 2 * TILE * SPAN;
-                        logits_of(s, words + w * (dim + PAD), states + t * dim, tile, [&] { slopes(), next_states(), pairs_ahead(); });
-                        slopes.finish();
-                        slopes.start(tile, slope + w * row + t - from);
+                        logits_of(s, vocab_rows + w * (dim + PAD), states + t * dim, tile, [&] { logit_gradients(), next_states(), pairs_ahead(); });
+                        logit_gradients.finish();
+                        logit_gradients.start(tile, grad_logit + w * row + t - from);
                     }
-                    slopes.finish();
+                    logit_gradients.finish();
                     for (int64_t i = t; i < std::min(t + SPAN, s.tokens); i++) {
                         const int64_t label = labels[i] - first;
-                        if (label >= 0 && label < rows) store(slope + label * row + i - from, label_slope[i]);
+                        if (label >= 0 && label < rows) store(grad_logit + label * row + i - from, label_gradient[i]);
                     }
                 }
-                multiply(slope, row, pairs_of_states + from * dim, 16 * DEPTH, sums, dim + PAD, s.block, dim, DEPTH, from > 0);
+                multiply(grad_logit, row, pairs_of_states + from * dim, 16 * DEPTH, sums, dim + PAD, s.block, dim, DEPTH, from > 0);
             }
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t d = 0; d < dim; d++) store(gradient + (first + r) * dim + d, sums[r * (dim + PAD) + d]);
@@ -304,9 +304,9 @@ void tile_loss(const Loss* given, const void* hidden, const void* weight, const 
     Loss s = *given;
     s.block = block_words(s.dim);
     const bf16 *h = (const bf16*)hidden, *w = (const bf16*)weight;
-    float *lse = room, *label_slope = room + s.tokens;
-    forward(s, h, w, labels, scale, losses, lse, label_slope, (bf16*)hidden_gradient);
-    if (weight_gradient) backward(s, h, w, labels, scale, lse, label_slope, (bf16*)weight_gradient);
+    float *lse = room, *label_gradient = room + s.tokens;
+    forward(s, h, w, labels, scale, losses, lse, label_gradient, (bf16*)hidden_gradient);
+    if (weight_gradient) backward(s, h, w, labels, scale, lse, label_gradient, (bf16*)weight_gradient);
 #endif
 }
 }

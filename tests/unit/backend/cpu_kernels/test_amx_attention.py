@@ -21,9 +21,15 @@ CASES = [  # batch, positions, heads, key heads, head size, documents a row
 def case(batch, positions, heads, kv_heads, dim, documents):
     g = torch.Generator().manual_seed(positions)
     sizes = ((heads,), (kv_heads,), (kv_heads,), (heads,))
-    *inputs, slope = [torch.randn(batch, positions, *size, dim, generator=g).bfloat16() for size in sizes]
+    *inputs, grad_output = [
+        torch.randn(batch, positions, *size, dim, generator=g).bfloat16() for size in sizes
+    ]
     starts = torch.rand(batch, positions, generator=g).argsort(1) < documents - 1
-    return [x.requires_grad_() for x in inputs], slope, starts.long().cumsum(1) if documents > 1 else None
+    return (
+        [x.requires_grad_() for x in inputs],
+        grad_output,
+        starts.long().cumsum(1) if documents > 1 else None,
+    )
 
 
 def error(got, wanted):
@@ -33,15 +39,15 @@ def error(got, wanted):
 @needs_tiles
 @pytest.mark.parametrize("sizes", CASES)
 def test_it_is_as_near_to_the_truth_as_torch(sizes):
-    inputs, slope, documents = case(*sizes)
+    inputs, grad_output, documents = case(*sizes)
     wide = [x.double() for x in inputs]
     truth = reference.plain_attention(*wide, documents=documents)
-    truths = [truth, *torch.autograd.grad(truth, inputs, slope.double())]
+    truths = [truth, *torch.autograd.grad(truth, inputs, grad_output.double())]
     results = []
     for attend in (amx_attention.attention, common.sdpa):
         out = attend(*inputs, documents=documents, start=0)
         assert out.dtype == torch.bfloat16
-        results.append([out, *torch.autograd.grad(out, inputs, slope)])
+        results.append([out, *torch.autograd.grad(out, inputs, grad_output)])
     for ours, torchs, wanted in zip(*results, truths, strict=True):
         assert ours.shape == wanted.shape
         assert error(ours, wanted) < max(1.2 * error(torchs, wanted), 4e-3)
@@ -63,36 +69,36 @@ def test_queries_behind_a_cache_see_their_past(start):
 
 @needs_tiles
 def test_large_scores_do_not_overflow():
-    inputs, slope, _ = case(1, 130, 2, 2, 64, 1)
+    inputs, grad_output, _ = case(1, 130, 2, 2, 64, 1)
     large = [(30 * x).detach().requires_grad_() for x in inputs]
     out = amx_attention.attention(*large, documents=None, start=0)
     truth = reference.plain_attention(*[x.double() for x in large])
     assert error(out, truth) < 1e-2
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out, large, slope))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, large, grad_output))
 
 
 @needs_tiles
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_a_nan_is_not_hidden(where):
-    inputs, slope, _ = case(1, 100, 2, 2, 64, 1)
+    inputs, grad_output, _ = case(1, 100, 2, 2, 64, 1)
     spoiled = [x.detach().clone() for x in inputs]
     spoiled["qkv".index(where)][0, 70, 1, 5] = float("nan")
     spoiled = [x.requires_grad_() for x in spoiled]
     out = amx_attention.attention(*spoiled, documents=None, start=0)
     assert out[0, :64].isfinite().all()  # its past, as far as blocks of 64 are concerned
     assert out[0, 70, 1].isnan().any()
-    assert any(g.isnan().any() for g in torch.autograd.grad(out, spoiled, slope))
+    assert any(g.isnan().any() for g in torch.autograd.grad(out, spoiled, grad_output))
 
 
 @needs_tiles
 def test_the_number_of_threads_changes_no_bit():
-    inputs, slope, documents = case(2, 200, 4, 2, 64, 5)
+    inputs, grad_output, documents = case(2, 200, 4, 2, 64, 5)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             out = amx_attention.attention(*inputs, documents=documents, start=0)
-            results.append([out, *torch.autograd.grad(out, inputs, slope)])
+            results.append([out, *torch.autograd.grad(out, inputs, grad_output)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -19,10 +19,10 @@ def check(function, definition, inputs, tolerance):
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, wanted = function(*inputs), definition(*wide)
     assert got.dtype == inputs[0].dtype
-    slope = draw(*got.shape, dtype=got.dtype, seed=9).detach()
-    results = [got, *torch.autograd.grad(got, inputs, slope)]
+    grad_output = draw(*got.shape, dtype=got.dtype, seed=9).detach()
+    results = [got, *torch.autograd.grad(got, inputs, grad_output)]
     for ours, truth in zip(
-        results, [wanted, *torch.autograd.grad(wanted, wide, slope.double())], strict=True
+        results, [wanted, *torch.autograd.grad(wanted, wide, grad_output.double())], strict=True
     ):
         assert ours.shape == truth.shape
         assert (ours.double() - truth).norm() <= tolerance * truth.norm() + 1e-9
@@ -87,8 +87,8 @@ def test_gate_at_the_ends(dtype):
     got = fused_ops.swiglu(gate, torch.ones_like(gate))
     assert torch.equal(got[3:], gate[3:])
     assert (got[:3].abs() < 1e-30).all()
-    (slope,) = torch.autograd.grad(got.sum(), gate)
-    assert torch.allclose(slope.float(), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
+    (grad_output,) = torch.autograd.grad(got.sum(), gate)
+    assert torch.allclose(grad_output.float(), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
 
 
 @needs_passes
@@ -121,13 +121,17 @@ def test_inputs_that_do_not_lie_dense():
 @needs_passes
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_no_bit(dtype):
-    x, weight, slope = draw(100, 64, dtype=dtype), draw(64, dtype=dtype), draw(100, 64, dtype=dtype, seed=3)
+    x, weight, grad_output = (
+        draw(100, 64, dtype=dtype),
+        draw(64, dtype=dtype),
+        draw(100, 64, dtype=dtype, seed=3),
+    )
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y = fused_ops.rms_norm(x, weight, 1e-5)
-            results.append((y, *torch.autograd.grad(y, (x, weight), slope)))
+            results.append((y, *torch.autograd.grad(y, (x, weight), grad_output)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
