@@ -1,9 +1,10 @@
 """Weights and tokenizer of a run checkpoint, of Aquila's or of Hugging Face's format, any into any.
 
-    python -m aquila.convert --input DIR --output DIR --to aquila|hf|gguf [--dtype D] [--verify]
+    python -m aquila.convert --input DIR --output DIR --to aquila|hf|gguf [--dtype D] [--set K=V] [--verify]
 
 Streams: one parameter at a time is in memory. Without `--dtype` every value keeps its bits. `--to gguf` makes
-one file, for llama.cpp: `--output NAME.gguf`, or a folder that gets `model.gguf`.
+one file, for llama.cpp: `--output NAME.gguf`, or a folder that gets `model.gguf`. `--set` changes keys of
+config.json on the way, such as `max_seq_len` and `rope_scaling` for a longer context.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
 from aquila.config import ModelConfig
+from aquila.config.strict import parse_yaml, validate
 from aquila.core.errors import UserError, run_command
 from aquila.core.files import temporary_name
 from aquila.core.text_files import read_json
@@ -52,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     source, output = resolve_checkpoint(str(args.input), Path.cwd()), args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another --output, or remove it first")
-    dtype = DTYPES.get(args.dtype)
+    dtype, changes = DTYPES.get(args.dtype), _changes(args.set)
     _check(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_name(output)
     unfinished.mkdir()
     try:
-        convert(source, unfinished, args.to, dtype, int(args.max_shard_gb * 1e9))
+        convert(source, unfinished, args.to, dtype, int(args.max_shard_gb * 1e9), changes)
         if output.exists():
             output.rmdir()
         os.replace(unfinished / GGUF_FILE if output.suffix == ".gguf" else unfinished, output)
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.verify:
         return 0
     result = output / GGUF_FILE if args.to == "gguf" and output.is_dir() else output
-    return verify_tokens(source, result) or verify(source, result)
+    return verify_tokens(source, result) or verify(source, result, changes)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -89,14 +92,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=("aquila", "hf", "gguf"), required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file of --to hf")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value",
+        help="another value of a key of Aquila's config.json, in YAML; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="run both models and compare what they give")
     return parser
 
 
-def convert(source: Path, target: Path, to: str, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-    """Fills the folder `target`. Raises `UserError` when the source is incomplete or inconsistent."""
+def _changes(texts: list[str]) -> dict[str, Any]:
+    changes = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"--set {text}: give key=value, such as --set max_seq_len=8192")
+        changes[key] = parse_yaml(value, f"--set {text}")
+    return changes
+
+
+def _changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    return validate(ModelConfig, {**config.model_dump(), **changes}, "--set") if changes else config
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """Fills the folder `target`; changes: other values of keys of `ModelConfig`.
+
+    Raises `UserError` when the source is incomplete or inconsistent.
+    """
     config = load_config(source)
     weights = Weights(source, config)
+    config = _changed(config, changes or {})
+    if to == "gguf" and config.rope_scaling:
+        raise UserError(f"{source}: rope_scaling is not written into GGUF files here; take --to hf")
     shapes = {name: tuple(p.shape) for name, p in AquilaModel(config, device="meta").named_parameters()}
     check_names(shapes, weights.info, str(source))
     infos = {name: TensorInfo(shape, dtype or weights.info[name].dtype) for name, shape in shapes.items()}
@@ -113,7 +147,8 @@ def convert(source: Path, target: Path, to: str, dtype: torch.dtype | None, max_
             (target / name).unlink(missing_ok=True)
         return
     if to == "aquila":
-        write_json(target / "config.json", config.model_dump(exclude_none=True))
+        values = {**config.model_dump(exclude_none=True), **_scaling(config)}
+        write_json(target / "config.json", values)
         write_torch(target / "pytorch_model.bin", infos, produce)
         return
     ids = {}
@@ -125,6 +160,10 @@ def convert(source: Path, target: Path, to: str, dtype: torch.dtype | None, max_
     if ids:
         write_json(target / "generation_config.json", ids)
     _write_hf_weights(config, target, infos, produce, max_shard_bytes)
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    return {"rope_scaling": config.rope_scaling.to_dict()} if config.rope_scaling else {}
 
 
 def _write_hf_weights(
@@ -190,20 +229,22 @@ def verify_tokens(source: Path, output: Path) -> int:
     return 0
 
 
-def verify(source: Path, output: Path) -> int:
+def verify(source: Path, output: Path, changes: dict[str, Any] | None = None) -> int:
     """Runs both models on the same random tokens; 1 when their logits differ by too much.
 
     Each Hugging Face folder runs in transformers where that is installed, a GGUF file in llama.cpp, one model
-    after the other.
+    after the other. The source runs with `changes`.
     """
-    config = load_config(source)
+    config = _changed(load_config(source), changes or {})
     dtype = torch.float32 if _fits_in_fp32(config) else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=generator)
     in_llama_cpp = output.suffix == ".gguf"
     if in_llama_cpp:
         tokens = _continued(source, tokens[:, : tokens.shape[1] // 2 - 1], dtype)
-    (first, by_first), (second, by_second) = (_logits(folder, tokens, dtype) for folder in (source, output))
+    (first, by_first), (second, by_second) = (
+        _logits(folder, tokens, dtype, keys) for folder, keys in ((source, changes), (output, None))
+    )
     difference = (first - second).abs().max().item()
     computed = gguf.matrix_dtype(output) if in_llama_cpp else dtype
     limit = TOLERANCES[computed] * max(1.0, first.abs().max().item() / 10)
@@ -233,8 +274,10 @@ def _fits_in_fp32(config: ModelConfig) -> bool:
 
 
 @torch.no_grad()
-def _logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """Logits in fp32, and what computed them."""
+def _logits(
+    folder: Path, tokens: Tensor, dtype: torch.dtype, changes: dict[str, Any] | None
+) -> tuple[Tensor, str]:
+    """Logits in fp32, and what computed them; ourselves, where `changes` are asked for."""
     if folder.suffix == ".gguf":
         model = LlamaCpp(folder, length=tokens.shape[1], threads=torch.get_num_threads(), exact=True)
         rows = []
@@ -243,7 +286,7 @@ def _logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, s
             rows.append(torch.from_numpy(model.logits([row], every=True)))
         model.close()
         return torch.stack(rows), "llama.cpp"
-    if hf.is_hf_config(read_json(folder / "config.json")):
+    if not changes and hf.is_hf_config(read_json(folder / "config.json")):
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
@@ -251,7 +294,8 @@ def _logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, s
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             return model(tokens).logits.float(), "transformers"
-    return AquilaModel.from_pretrained(folder, dtype=dtype)(tokens).float(), "aquila"
+    model = AquilaModel.from_pretrained(folder, dtype=dtype, **(changes or {}))
+    return model(tokens).float(), "aquila"
 
 
 if __name__ == "__main__":

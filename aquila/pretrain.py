@@ -129,6 +129,7 @@ def train(
     if rank == 0:
         write_atomically(run_dir / FILE, order_text(corpora.train))
         record_start(run_dir, effective, state, folder, world_size)
+        lines += resumption.model_changes if resumption else []
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
         say(
@@ -272,6 +273,7 @@ def record_start(
         "checkpoint": str(checkpoint) if checkpoint else None,
         "world_size": world_size,
         "model": str(effective.model_dir),
+        "model_config": effective.model.model_dump(mode="json", exclude_defaults=True),
         "config": effective.run.model_dump(mode="json"),
     }
     with contextlib.suppress(OSError), (run_dir / HISTORY).open("a", encoding="utf-8") as file:

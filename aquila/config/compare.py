@@ -7,9 +7,11 @@ would show weeks later.
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from aquila.config.effective import EffectiveConfig
+from aquila.config.model import load_model_config
 from aquila.core.errors import UserError
 from aquila.core.variables import LAUNCHED_CONFIG
 
@@ -26,6 +28,24 @@ def settings_of(effective: EffectiveConfig) -> dict[str, Any]:
     }
     values = {f"{where}{key}": value for where, part in parts.items() for key, value in part.items()}
     return json.loads(json.dumps(values))
+
+
+def check_function(checkpoint: Path, effective: EffectiveConfig) -> list[str]:
+    """Compares what the weights of a checkpoint computed with what this run's `config.json` makes of them.
+
+    Returns a line for each change that `allow_model_changes` allows. Raises `UserError` naming the others.
+    """
+    then, now = load_model_config(checkpoint).function(), effective.model.function()
+    changes = {key: f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key]}
+    refused = [key for key in changes if key not in effective.run.allow_model_changes]
+    if refused:
+        raise UserError(
+            f"{checkpoint / 'config.json'} and {effective.model_dir / 'config.json'} differ: "
+            + "; ".join(changes[key] for key in refused)
+            + ". The same weights would compute something else: put it back, or, where the change is meant, "
+            f"add allow_model_changes=[{', '.join(refused)}]"
+        )
+    return [f"the model goes on with {change} (allow_model_changes)" for change in changes.values()]
 
 
 def check_launched(effective: EffectiveConfig) -> None:

@@ -1,12 +1,17 @@
 """The architecture: a model folder's `config.json`, typed and strict."""
 
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
+from aquila.config.rope import RopeScaling
 from aquila.config.strict import StrictModel, validate
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json
+
+FunctionKey = Literal["n_heads", "n_kv_heads", "norm_eps", "rope_theta", "rope_scaling"]
+"""Keys that change what the same weights compute."""
 
 
 class ModelConfig(StrictModel):
@@ -27,7 +32,10 @@ class ModelConfig(StrictModel):
     norm_eps: float = Field(1e-5, gt=0)
     max_seq_len: PositiveInt = 2048
     """Longest context the model is trained for, in tokens."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the rotary embedding's frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Angles stretched for a longer context than that of the first training."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of every matrix's first value."""
     flash_atten: bool = False
@@ -47,6 +55,8 @@ class ModelConfig(StrictModel):
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head size dim/n_heads = {self.head_dim} must be even for rotary embedding")
+        if self.rope_scaling and self.rope_scaling.rope_type == "dynamic" and self.head_dim < 4:
+            raise ValueError(f"rope_scaling: dynamic needs a head size of 4 or more, not {self.head_dim}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         return self
@@ -73,6 +83,12 @@ class ModelConfig(StrictModel):
         if not self.checkpoint_activations:
             return 0
         return self.n_layers if self.ckpoint_layer == -1 else min(self.ckpoint_layer, self.n_layers)
+
+    def function(self) -> dict[str, Any]:
+        """The values that decide, besides the weights, what the model computes."""
+        values = {key: getattr(self, key) for key in get_args(FunctionKey)}
+        scaling = self.rope_scaling.to_dict() if self.rope_scaling else None
+        return {**values, "n_kv_heads": self.kv_heads, "rope_scaling": scaling}
 
     def parameter_count(self) -> int:
         """All parameters, embedding and output matrix included."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from aquila.config.model import FunctionKey
 from aquila.config.strict import StrictModel
 from aquila.core.errors import UserError
 
@@ -131,6 +132,8 @@ class RunConfig(StrictModel):
     """With `export`: at every this many saves."""
     resume: str = "auto"
     """auto: from the experiment's newest checkpoint if there is one; never; or a checkpoint's path."""
+    allow_model_changes: list[FunctionKey] = Field([])
+    """Keys of config.json that may differ on resume, though the same weights then compute something else."""
 
     # Evaluation and logs
     log_interval: PositiveInt = 10

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -145,8 +145,22 @@ def _shown(value: Any) -> str:
 def _explain(model: type[BaseModel], item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int)) or ""
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest(key, list(model.model_fields))}"
+        last = str(item["loc"][-1])
+        return f"unknown key '{key}'{nearest(last, list(_part(model, item['loc'][:-1]).model_fields))}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message.startswith("Input ") else message
     got = f" (got {_shown(item['input'])})" if key else ""
     return f"{key}: {message}{got}" if key else message
+
+
+def _part(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that stands at `path` inside `model`, such as that of `rope_scaling`."""
+    for name in path:
+        field = model.model_fields.get(str(name))
+        inner = [kind for kind in get_args(field.annotation) if _is_model(kind)] if field else []
+        model = inner[0] if inner else model
+    return model
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

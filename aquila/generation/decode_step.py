@@ -92,6 +92,6 @@ class DecodeStep:
         return linear(model.norm(x), *self.output)
 
     def _rows(self, lengths: list[int], device: torch.device) -> StepRows:
-        cos, sin = self.model.rotary_tables.on(device, max(lengths) + 1)
-        places = torch.tensor(lengths, device=device)
-        return StepRows(lengths, places, cos[places], sin[places])
+        return StepRows(
+            lengths, torch.tensor(lengths, device=device), *self.model.rotary_tables.at(lengths, device)
+        )

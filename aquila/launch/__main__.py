@@ -82,7 +82,9 @@ def trigger(arguments: argparse.Namespace) -> int:
     hosts_too = not local and not arguments.no_preflight and not arguments.dry_run
     differing: dict[str, list[Path]] = {}
     with connect_hosts(hostfile) if hosts_too else contextlib.nullcontext() as group:
-        checked = check_run(hostfile, config, arguments.model, arguments.overrides, local=local)
+        checked = check_run(
+            hostfile, config, arguments.model, arguments.overrides, local=local, experiment=experiment
+        )
         if group and not checked.failures:
             differing = check_hosts(checked, group)
     if arguments.no_preflight or arguments.dry_run:

@@ -152,7 +152,9 @@ class AquilaModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _linear(config.dim, config.vocab_size)
-        self.rotary_tables = RotaryTables(config.head_dim, config.rope_theta, config.max_seq_len)
+        self.rotary_tables = RotaryTables(
+            config.head_dim, config.rope_theta, config.max_seq_len, config.rope_scaling
+        )
         for name, parameter in list(self.named_parameters()):
             self.place(name, torch.empty(parameter.shape, dtype=dtype, device=device))
         if device.type != "meta" and seed is not None:

@@ -15,6 +15,8 @@ from aquila.config import ModelConfig
 from aquila.config.strict import validate
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json
+from aquila.model.hf_rope import rope_from_hf, rope_to_hf
+from aquila.model.hf_values import Reader
 
 _TOP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
@@ -109,29 +111,22 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(
             f"{where}: model_type {values.get('model_type')!r} is not one of {', '.join(_MODEL_TYPES)}"
         )
-    read = _Reader(values, where)
+    read = Reader(values, where)
     dim, heads = read.size("hidden_size"), read.size("num_attention_heads")
     if dim % heads:
         raise UserError(f"{where}: hidden_size {dim} is no multiple of num_attention_heads {heads}")
-    rope = read.table("rope_parameters")
     refused = {
-        "rope_scaling": not _scales_nothing(read.table("rope_scaling"), where),
-        "rope_parameters": not _scales_nothing(rope, where),
         "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "quantization_config": bool(values.get("quantization_config")),
         "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
         "head_dim": read.size("head_dim", dim // heads) * heads != dim,
-        "partial_rotary_factor": read.number("partial_rotary_factor", 1.0) != 1.0,
         "sliding_window": bool(values.get("sliding_window")) and bool(values.get("use_sliding_window", True)),
     }
     for key, is_refused in refused.items():
         if is_refused:
             shown = repr(values.get(key))
             raise UserError(f"{where}: {key} = {shown} has no counterpart in Aquila's architecture")
-    theta = read.number(
-        "rope_theta", _Reader(rope, f"{where}: rope_parameters").number("rope_theta", 10000.0)
-    )
     ours = {
         "dim": dim,
         "n_layers": read.size("num_hidden_layers"),
@@ -140,8 +135,7 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         "vocab_size": read.size("vocab_size"),
         "hidden_dim": read.size("intermediate_size"),
         "norm_eps": read.number("rms_norm_eps", 1e-6),
-        "max_seq_len": read.size("max_position_embeddings", 2048),
-        "rope_theta": theta,
+        **rope_from_hf(read),
         "initializer_range": read.number("initializer_range", 0.02),
     }
     config = validate(ModelConfig, ours, where)
@@ -149,42 +143,6 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         if config.model_copy(update={"hidden_dim": None, **formula}).ffn_dim == config.ffn_dim:
             return config.model_copy(update={"hidden_dim": None, **formula})
     return config
-
-
-class _Reader:
-    """Typed values of one table of a foreign config.json; a wrong one is a `UserError` with its key."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self._values, self._where = values, where
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
-        value = self._values.get(key, default)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{self._where}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number that is not below 0."""
-        value = self._values.get(key, default)
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            raise UserError(f"{self._where}: {key} must be a number, not below 0, got {value!r}")
-        return float(value)
-
-    def table(self, key: str) -> dict[str, Any]:
-        """A table; empty where the file has none."""
-        value = self._values.get(key, {})
-        if not isinstance(value, dict):
-            raise UserError(f"{self._where}: {key} must be a table, got {value!r}")
-        return value
-
-
-def _scales_nothing(rope: dict[str, Any], where: str) -> bool:
-    """Whether a table of rotary parameters leaves the angles as they are."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "linear":
-        return _Reader(rope, f"{where}: rope scaling").number("factor", 0.0) == 1.0
-    return kind == "default"
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -200,8 +158,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta,
+        **rope_to_hf(config),
         "initializer_range": config.initializer_range,
         "hidden_act": "silu",
         "attention_bias": False,

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquila.config import Device, EffectiveConfig, load_run_config
+from aquila.config.compare import check_function
 from aquila.config.run import batch_sizes
+from aquila.core.checkpoints import FOLDER, STATE, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
+from aquila.core.run_folder import experiment_dir, versions
 from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.node_probe import existing_parent
@@ -78,9 +81,19 @@ class PreflightReport:
 
 
 def check_run(
-    hostfile: Path, config: str, model: str, overrides: list[str], *, local: bool, root: Path = ROOT
+    hostfile: Path,
+    config: str,
+    model: str,
+    overrides: list[str],
+    *,
+    local: bool,
+    root: Path = ROOT,
+    experiment: str | None = None,
 ) -> PreflightReport:
-    """The checks that need no other node. Starts nothing and writes nothing."""
+    """The checks that need no other node. Starts nothing and writes nothing.
+
+    experiment: whose newest checkpoint the run goes on from, where its name is known.
+    """
     checked = PreflightReport()
     with ThreadPoolExecutor(1) as background:
         probing = background.submit(probe_devices)
@@ -89,6 +102,8 @@ def check_run(
         checked.run("devices", lambda: _devices(checked, probing.result()))
     if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
         checked.run("weights", lambda: _weights(checked.config))
+        if checkpoint := _checkpoint(checked.config, root, experiment, local):
+            checked.run("resume", lambda: _resume(checked.config, checkpoint))
         checked.run("tokenizer and data", lambda: _data(checked.config, root))
         if checked.devices and checked.nodes:
             checked.run("memory", lambda: _memory(checked))
@@ -219,6 +234,23 @@ def _weights(config: EffectiveConfig) -> str:
         raise UserError(f"{config.model_dir}: {', '.join(empty)} is empty; download it again")
     parameters = probe_weights(config.model_dir)
     return f"{', '.join(path.name for path in files)}: {parameters:,} parameters, as config.json says"
+
+
+def _checkpoint(config: EffectiveConfig, root: Path, experiment: str | None, local: bool) -> Path | None:
+    """The checkpoint that the run will go on from, as far as this node can tell."""
+    resume = config.run.resume
+    if resume not in ("auto", "never"):
+        return root / resume if local or (root / resume).exists() else None
+    if resume == "never" or experiment is None:
+        return None
+    kept = [list_checkpoints(run / FOLDER) for run in versions(experiment_dir(root, experiment))]
+    return next((checkpoints[-1] for checkpoints in reversed(kept) if checkpoints), None)
+
+
+def _resume(config: EffectiveConfig, checkpoint: Path) -> str:
+    if not (checkpoint / STATE).is_file():
+        raise UserError(f"resume={config.run.resume}: {checkpoint} is no checkpoint of a run")
+    return "; ".join([f"from {checkpoint}", *check_function(checkpoint, config)])
 
 
 def _data(config: EffectiveConfig, root: Path) -> str:

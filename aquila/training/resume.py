@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.config import EffectiveConfig
+from aquila.config.compare import check_function
 from aquila.core.checkpoints import (
     FOLDER,
     LATEST,
@@ -105,6 +106,8 @@ class Resumption:
     def __init__(self, folder: Path, effective: EffectiveConfig, world_size: int) -> None:
         self.folder = folder
         self.facts = _facts(folder)
+        self.model_changes = check_function(folder, effective)
+        """A line for each change of what the weights compute."""
         self.has_optimizer = (folder / SHARDS).is_dir()
         now: dict[str, Any] = {"world_size": world_size, "zero_stage": effective.run.zero_stage}
         now["precision"] = effective.run.precision

@@ -148,6 +148,28 @@ def test_a_steered_run_stops_twice_and_goes_on_exactly(project: Path) -> None:
     assert SECOND in shown
 
 
+def test_a_longer_context_from_a_checkpoint(project: Path) -> None:
+    """The recipe of docs/continued-pretraining.md; and what changes the function does so only when asked."""
+    assert train(project, "short", "train_iters=2", "eval_interval=0", "save_interval=1", ranks=1)[0] == 0
+    scaling = "{rope_type: yarn, factor: 2, original_max_position_embeddings: 32}"
+    python(
+        project, "-m", "aquila.convert", "--input", "checkpoints_out/short", "--output",
+        "checkpoints_in/long", "--to", "aquila", "--set", "max_seq_len=64",
+        "--set", f"rope_scaling={scaling}", "--verify",
+    )  # fmt: skip
+    longer = ["bmt_pre_load=True", "train_iters=2", "eval_interval=0"]
+    status, output = train(project, "long", *longer, ranks=1, model="long")
+    assert status == 0, output
+    (start,) = (project / "checkpoints_out" / "long" / "0" / "history.jsonl").read_text().splitlines()
+    assert json.loads(start)["model_config"]["rope_scaling"]["factor"] == 2
+    assert metrics(project, "long")[-1]["consumed_tokens"] == 2 * 4 * 64
+    resume = ["resume=checkpoints_out/short/0/checkpoints/step-00000001", "train_iters=2", "eval_interval=0"]
+    allowed = ["seq_length=32", "allow_model_changes=[rope_scaling]"]
+    status, output = train(project, "other", *resume, *allowed, ranks=1, model="long")
+    assert status == 0, output
+    assert "the model goes on with rope_scaling None -> {" in output
+
+
 @pytest.mark.slow
 def test_a_ramp_sees_what_one_batch_of_each_size_would(project: Path) -> None:
     """Step by step the loss and norm of the mean over that step's samples, in one process and in two."""

@@ -71,3 +71,44 @@ def test_broken_json_names_the_line(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"dim": 64, "dim": 128}')
     with pytest.raises(UserError, match="'dim' stands twice"):
         load_model_config(tmp_path)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"factor": 2.0}, "rope_scaling.rope_type: Field required"),
+        ({"rope_type": "ntk", "factor": 2.0}, "rope_scaling.rope_type: input should be 'linear', 'dynamic'"),
+        ({"rope_type": "linear"}, "rope_scaling.factor: Field required"),
+        ({"rope_type": "linear", "factor": "2"}, "rope_scaling.factor: input should be a valid number"),
+        ({"rope_type": "linear", "factor": 0.5}, "rope_scaling.factor"),
+        ({**YARN, "beta_fas": 3.0}, "unknown key 'rope_scaling.beta_fas'; did you mean 'beta_fast'?"),
+        ({"rope_type": "yarn", "factor": 2.0}, "yarn needs original_max_position_embeddings"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic needs original_max_position_embeddings"),
+        ({**YARN, "rope_type": "llama3"}, "llama3 needs low_freq_factor"),
+        ({**YARN, "low_freq_factor": 1.0}, "low_freq_factor has no meaning for rope_type yarn"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast has no meaning"),
+        ({**YARN, "beta_fast": 1.0}, "beta_slow 1 must be below beta_fast 1"),
+        (
+            {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "low_freq_factor 4 must be below high_freq_factor 1",
+        ),
+        ("yarn", "rope_scaling"),
+    ],
+)
+def test_mistakes_in_rope_scaling_are_named(tmp_path, scaling, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(AQUILA_7B | {"rope_scaling": scaling}))
+    with pytest.raises(UserError) as error:
+        load_model_config(tmp_path)
+    assert message in str(error.value)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_what_decides_the_function_is_the_same_however_it_is_written() -> None:
+    plain = ModelConfig(**AQUILA_7B)
+    assert plain.function() == ModelConfig(**AQUILA_7B, n_kv_heads=32, rope_theta=1e4).function()
+    scaled = ModelConfig(**AQUILA_7B, rope_scaling=YARN)
+    assert scaled.function() == ModelConfig(**scaled.model_dump()).function() != plain.function()
+    assert scaled.function()["rope_scaling"] == YARN

@@ -126,7 +126,13 @@ def test_tied_embeddings_fill_both_matrices(model, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not one of"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "foo": 1}},
+            "unknown key 'rope_scaling.foo'",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, aquila"),
@@ -142,8 +148,6 @@ def test_tied_embeddings_fill_both_matrices(model, folder):
             {"rope_parameters": {"rope_type": "default", "rope_theta": []}},
             "rope_parameters: rope_theta|rope_theta",
         ),
-        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"sliding_window": 64}, "sliding_window"),
     ],
 )

@@ -57,8 +57,16 @@ def write_dataset(prefix: Path, tokenizer: Tokenizer, ids: np.ndarray) -> None:
     write_meta(meta_path(prefix), make_meta(tokenizer_facts(tokenizer), counts, []))
 
 
-def check(project: Path, *overrides: str, model: str = "tiny", config: str = "run.yaml") -> PreflightReport:
-    return check_run(project / "hostfile", config, model, list(overrides), local=True, root=project)
+def check(
+    project: Path,
+    *overrides: str,
+    model: str = "tiny",
+    config: str = "run.yaml",
+    experiment: str | None = None,
+) -> PreflightReport:
+    return check_run(
+        project / "hostfile", config, model, list(overrides), local=True, root=project, experiment=experiment
+    )
 
 
 def refused(project: Path, *overrides: str, **more: str) -> str:
@@ -115,6 +123,24 @@ def test_weights_of_another_shape_are_found_in_their_headers(project: Path) -> N
     message = refused(project, "bmt_pre_load=true")
     assert "do not fit this config.json" in message
     assert "of another shape" in message
+
+
+def test_a_checkpoint_that_computed_something_else(project: Path) -> None:
+    """Found before a rank starts, whether the experiment is gone on with or a path is given."""
+    folder = project / "checkpoints_out" / "exp" / "2026010100" / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    config = json.loads((project / "checkpoints_in" / "tiny" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    assert "rope_theta 500000.0 -> 10000.0" in refused(project, experiment="exp")
+    assert "rope_theta" in refused(project, f"resume={folder}")
+    assert "is no checkpoint of a run" in refused(project, "resume=checkpoints_out/exp")
+    assert not check(project, experiment="other").failures
+    assert not check(project, "resume=never", experiment="exp").failures
+    allowed = check(project, "allow_model_changes=[rope_theta]", experiment="exp")
+    assert not allowed.failures
+    assert "allow_model_changes" in next(f.detail for f in allowed.findings if f.check == "resume")
+    assert "allow_model_changes" in refused(project, "allow_model_changes=[theta]")
 
 
 def test_missing_data_and_data_that_is_cut_off(project: Path) -> None:
