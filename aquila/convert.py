@@ -132,7 +132,7 @@ def convert(
     if to == "gguf" and config.rope_scaling:
         raise UserError(f"{source}: rope_scaling is not written into GGUF files here; take --to hf")
     shapes = {name: tuple(p.shape) for name, p in AquilaModel(config, device="meta").named_parameters()}
-    check_names(shapes, weights.info, str(source))
+    check_names(shapes, weights.found(config), str(source))
     infos = {name: TensorInfo(shape, dtype or weights.info[name].dtype) for name, shape in shapes.items()}
 
     def produce(name: str) -> Tensor:

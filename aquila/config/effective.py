@@ -302,6 +302,7 @@ def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:
     key_width = model.kv_heads * model.head_dim
     sizes = {
         f"dim of {effective.model_dir}": model.dim,
+        f"width of queries of {effective.model_dir}": model.n_heads * model.head_dim,
         f"width of keys and values of {effective.model_dir}": key_width,
         f"feed-forward size of {effective.model_dir}": model.ffn_dim,
         "batch_size x seq_length": run.batch_size * effective.seq_length,

@@ -23,12 +23,18 @@ class ModelConfig(StrictModel):
     n_heads: PositiveInt = 32
     n_kv_heads: PositiveInt | None = None
     """Heads of keys and values (grouped-query attention); the same as `n_heads` when absent."""
+    head_dim: PositiveInt = Field(
+        default_factory=lambda given: given.get("dim", 0) // given.get("n_heads", 1)
+    )
+    """Width of a head; dim / n_heads when absent."""
     vocab_size: PositiveInt = 100008
     multiple_of: PositiveInt = 256
     """The feed-forward size is rounded up to a multiple of this."""
     ffn_dim_multiplier: float = Field(1.0, gt=0)
     hidden_dim: PositiveInt | None = None
     """The feed-forward size outright, for imported models whose size no formula gives."""
+    tied_embeddings: bool = False
+    """The output matrix is the embedding."""
     norm_eps: float = Field(1e-5, gt=0)
     max_seq_len: PositiveInt = 2048
     """Longest context the model is trained for, in tokens."""
@@ -51,19 +57,17 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
-        if self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if "head_dim" not in self.model_fields_set and self.dim % self.n_heads:
+            raise ValueError(
+                f"dim {self.dim} is not a multiple of n_heads {self.n_heads}, and head_dim is absent"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head size dim/n_heads = {self.head_dim} must be even for rotary embedding")
+            raise ValueError(f"head size {self.head_dim} must be even for rotary embedding")
         if self.rope_scaling and self.rope_scaling.rope_type == "dynamic" and self.head_dim < 4:
             raise ValueError(f"rope_scaling: dynamic needs a head size of 4 or more, not {self.head_dim}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -94,17 +98,19 @@ class ModelConfig(StrictModel):
         """All parameters, embedding and output matrix included."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.kv_heads)
         block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        return 2 * self.vocab_size * self.dim + self.n_layers * block + self.dim
+        tables = 1 if self.tied_embeddings else 2
+        return tables * self.vocab_size * self.dim + self.n_layers * block + self.dim
 
     def flops_per_token(self, seq_length: int) -> float:
-        """Training FLOPs a token: 6 (parameters - embedding) + 6 layers dim seq_length.
+        """Training FLOPs a token: 6 (parameters - embedding) + 6 layers n_heads head_dim seq_length.
 
         Six per weight of every matrix product (two forward, four backward); causal attention's two
         products over half of the square, forward and backward (PaLM, arXiv 2204.02311, appendix B,
         with the causal half counted once).
         """
-        weights = self.parameter_count() - self.vocab_size * self.dim
-        return 6.0 * weights + 6.0 * self.n_layers * self.dim * seq_length
+        lookups = 0 if self.tied_embeddings else self.vocab_size * self.dim  # a tied one is multiplied, too
+        weights = self.parameter_count() - lookups
+        return 6.0 * weights + 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_length
 
 
 def load_model_config(model_dir: str | Path) -> ModelConfig:

@@ -80,7 +80,7 @@ try:
     folder = sys.argv[1]
     config = load_config(folder)
     shapes = {name: p.shape for name, p in AquilaModel(config, device="meta").named_parameters()}
-    check_names(shapes, Weights(folder, config).info, folder)
+    check_names(shapes, Weights(folder, config).found(config), folder)
     answer["parameters"] = sum(shape.numel() for shape in shapes.values())
 except UserError as error:
     answer["problem"] = str(error)

@@ -1,7 +1,7 @@
 """Aquila, exactly: a LLaMA-style decoder with interleaved rotary embedding.
 
 Shapes: B batch, S positions of this call, T positions seen so far (T = cache length + S), dim width,
-H query heads, K key and value heads, D = dim / H head size, V vocabulary. Attribute names give exactly
+H query heads, K key and value heads, D head size, V vocabulary. Attribute names give exactly
 the parameter names of the released weights (`layers.0.attention.wq.weight`, ...).
 """
 
@@ -58,10 +58,11 @@ class Attention(nn.Module):
         self.kind = kind
         self.head_dim = config.head_dim
         kv_dim = config.kv_heads * config.head_dim
-        self.wq = _linear(config.dim, config.dim)
+        width = config.n_heads * config.head_dim
+        self.wq = _linear(config.dim, width)
         self.wk = _linear(config.dim, kv_dim)
         self.wv = _linear(config.dim, kv_dim)
-        self.wo = _linear(config.dim, config.dim)
+        self.wo = _linear(width, config.dim)
 
     def forward(
         self,
@@ -152,6 +153,8 @@ class AquilaModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = _linear(config.dim, config.vocab_size)
+        if config.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
         self.rotary_tables = RotaryTables(
             config.head_dim, config.rope_theta, config.max_seq_len, config.rope_scaling
         )
@@ -181,6 +184,8 @@ class AquilaModel(nn.Module):
         """Makes `values` the parameter of that name, whatever device and dtype they have."""
         module, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(module), leaf, nn.Parameter(values))
+        if self.config.tied_embeddings and module == "tok_embeddings":
+            self.output.weight = self.tok_embeddings.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -74,7 +74,7 @@ def write_gguf(
 
     writer = GGUFWriter(path, "llama")
     dtypes = {parameter: _stored(info) for parameter, info in infos.items()}
-    _describe(writer, name, config, dtypes["output.weight"])
+    _describe(writer, name, config, dtypes["tok_embeddings.weight"])
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     for parameter, info in infos.items():
         kind, size = _type(dtypes[parameter]), _bytes(info.shape, dtypes[parameter])
@@ -96,7 +96,8 @@ def matrix_dtype(path: Path) -> torch.dtype:
     from gguf import GGUFReader
 
     names = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
-    return next(dtype for dtype, name in _TYPES.items() if name == names["output.weight"])
+    matrix = names.get("output.weight", names["token_embd.weight"])  # tied: there is the embedding alone
+    return next(dtype for dtype, name in _TYPES.items() if name == matrix)
 
 
 def _stored(info: TensorInfo) -> torch.dtype:
@@ -140,6 +141,8 @@ def _describe(writer: "GGUFWriter", name: str, config: ModelConfig, dtype: torch
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)

@@ -40,7 +40,12 @@ _FEED_FORWARD_FORMULAS = (
     {"multiple_of": 256, "ffn_dim_multiplier": 1.0},
     {"multiple_of": 4096, "ffn_dim_multiplier": 1.3},
 )
-_MODEL_TYPES = ("llama", "aquila")
+_MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "aquila": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+}
+"""Values of keys that are absent, where they are not those of Llama (transformers' configurations)."""
 
 
 def is_hf_names(names: Iterable[str]) -> bool:
@@ -106,22 +111,23 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     Raises `UserError` naming the key when a size is missing or no number, the model is another architecture,
     or it uses what Aquila lacks.
     """
+    kind = values.get("model_type")
+    values = {**_MODEL_TYPES.get(str(kind), {}), **values}
     values = {key: value for key, value in values.items() if value is not None}
-    if values.get("model_type") not in _MODEL_TYPES:
+    if kind not in _MODEL_TYPES:
         raise UserError(
             f"{where}: model_type {values.get('model_type')!r} is not one of {', '.join(_MODEL_TYPES)}"
         )
     read = Reader(values, where)
     dim, heads = read.size("hidden_size"), read.size("num_attention_heads")
-    if dim % heads:
+    if dim % heads and "head_dim" not in values:
         raise UserError(f"{where}: hidden_size {dim} is no multiple of num_attention_heads {heads}")
     refused = {
         "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "quantization_config": bool(values.get("quantization_config")),
         "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
-        "head_dim": read.size("head_dim", dim // heads) * heads != dim,
-        "sliding_window": bool(values.get("sliding_window")) and bool(values.get("use_sliding_window", True)),
+        "sliding_window": _slides(values),
     }
     for key, is_refused in refused.items():
         if is_refused:
@@ -132,7 +138,9 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         "n_layers": read.size("num_hidden_layers"),
         "n_heads": heads,
         "n_kv_heads": read.size("num_key_value_heads", heads),
+        "head_dim": read.size("head_dim", dim // heads),
         "vocab_size": read.size("vocab_size"),
+        "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
         "hidden_dim": read.size("intermediate_size"),
         "norm_eps": read.number("rms_norm_eps", 1e-6),
         **rope_from_hf(read),
@@ -145,8 +153,20 @@ def config_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def _slides(values: dict[str, Any]) -> bool:
+    """Whether attention looks back less far than the context reaches."""
+    window = values.get("sliding_window")
+    reached = isinstance(window, int) and window >= values.get("max_position_embeddings", 2048)
+    return bool(window) and not reached and bool(values.get("use_sliding_window", True))
+
+
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` that plain transformers loads as `LlamaForCausalLM`; `dtype` as in "bfloat16"."""
+    """A `config.json` that plain transformers loads as `LlamaForCausalLM`; `dtype` as in "bfloat16".
+
+    Raises `UserError` for heads that transformers refuses.
+    """
+    if config.dim % config.n_heads:
+        raise UserError(f"transformers takes no Llama of {config.dim} dimensions and {config.n_heads} heads")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -163,6 +183,6 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": dtype,
     }

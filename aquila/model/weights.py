@@ -55,13 +55,17 @@ class Weights:
                 self.info[name], self._sources[name] = info, stored
         if self.is_hf:
             self._unpermute = hf.permuted(config)
-            if (
-                "output.weight" not in self.info
-                and hf.is_tied(self.path)
-                and "tok_embeddings.weight" in self.info
-            ):
-                self.info["output.weight"] = self.info["tok_embeddings.weight"]
-                self._sources["output.weight"] = self._sources["tok_embeddings.weight"]
+        # transformers does not look at an output matrix beside embeddings that are said to be tied.
+        tied = hf.is_tied(self.path) if self.is_hf else "output.weight" not in self.info
+        self.is_tied = tied and "tok_embeddings.weight" in self.info
+        if self.is_tied and (self.is_hf or config.tied_embeddings):
+            self.info["output.weight"] = self.info["tok_embeddings.weight"]
+            self._sources["output.weight"] = self._sources["tok_embeddings.weight"]
+
+    def found(self, config: ModelConfig) -> dict[str, TensorInfo]:
+        """`info` as a model of `config` sees it: a tied output matrix is no parameter of its own there."""
+        hidden = "output.weight" if self.is_tied and config.tied_embeddings else None
+        return {name: info for name, info in self.info.items() if name != hidden}
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """One parameter, in Aquila's layout; into `into` when given, in whatever dtype that has."""
@@ -167,7 +171,7 @@ def open_weights(model: nn.Module, path: str | Path) -> Weights:
     """
     weights = Weights(path, model.config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_names(expected, weights.info, str(weights.path))
+    check_names(expected, weights.found(model.config), str(weights.path))
     return weights
 
 

@@ -199,9 +199,9 @@ def layer_parameters(model: ModelConfig) -> int:
 def layer_activations(model: ModelConfig, setup: TrainingSetup) -> float:
     """Bytes that one layer keeps for backward when it is not recomputed."""
     b, tokens, dim = setup.dtype_bytes, setup.tokens, model.dim
-    kv_dim = model.kv_heads * model.head_dim
+    q_dim, kv_dim = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
     norms = 2 * (2 * b * dim + 4)  # two: input, output, and a scale in fp32
-    attention = b * (dim + 2 * kv_dim) + b * dim + setup.statistics * model.n_heads
+    attention = b * (q_dim + 2 * kv_dim) + b * q_dim + setup.statistics * model.n_heads
     feed_forward = (3 if setup.one_pass else 4) * b * model.ffn_dim
     kept = tokens * (norms + attention + feed_forward)
     if not setup.one_pass:
@@ -222,11 +222,12 @@ def _kept_scores(model: ModelConfig, setup: TrainingSetup) -> float:
     per_score = (setup.dtype_bytes if narrow else 4) * model.n_heads
     kept = setup.seq_length * width * (per_score * setup.batch_size + 1)
     if narrow:
-        repeated = 2 * model.dim if model.kv_heads < model.n_heads else 0
+        repeated = 2 * model.n_heads * model.head_dim if model.kv_heads < model.n_heads else 0
         return kept + setup.dtype_bytes * setup.tokens * repeated  # keys and values, for all heads
     if setup.dtype_bytes == 4:
         return kept
-    return kept + 4 * setup.tokens * 3 * model.dim  # queries, keys and values, in fp32 for all heads
+    q_dim = model.n_heads * model.head_dim
+    return kept + 4 * setup.tokens * 3 * q_dim  # queries, keys and values, in fp32 for all heads
 
 
 def _activations(model: ModelConfig, setup: TrainingSetup) -> tuple[float, float]:

@@ -83,7 +83,9 @@ def step_time(
     matrices = 6 * layers * layer_parameters(model) + 6 * model.vocab_size * model.dim
     repeated = 2 * again * layer_parameters(model)
     products = tokens * (matrices + repeated) / (chip.flops * MATRIX_SHARE)
-    one_layer_scores = 4 * width * model.dim * (3 if triangle else 3.5)  # a fused backward makes them again
+    one_layer_scores = (
+        4 * width * model.n_heads * model.head_dim * (3 if triangle else 3.5)
+    )  # a fused backward makes them again
     scores = tokens * one_layer_scores * (layers + again / 3) / (chip.flops * SCORES_SHARE)
 
     per_score = SCORE_PASSES + (FP16_PASSES if setup.precision == "fp16" else 0)

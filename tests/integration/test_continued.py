@@ -170,6 +170,29 @@ def test_a_longer_context_from_a_checkpoint(project: Path) -> None:
     assert "the model goes on with rope_scaling None -> {" in output
 
 
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
+def test_tied_embeddings_and_wide_heads_train_and_go_on_exactly(project: Path, stage: int) -> None:
+    from tests.integration.training_runs import MODEL
+
+    folder = project / "checkpoints_in" / "tied"
+    if not folder.is_dir():
+        folder.mkdir()
+        for path in (project / "checkpoints_in" / "small").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        config = {**MODEL, "tied_embeddings": True, "head_dim": 16}
+        (folder / "config.json").write_text(json.dumps(config))
+    options = ["precision=fp32", "train_iters=3", "eval_interval=0", f"zero_stage={stage}"]
+    status, output = train(project, f"tied{stage}", *options, model="tied")
+    assert status == 0, output
+    for _ in range(2):
+        status, output = train(project, f"tied{stage}-parts", *options, "exit_interval=2", model="tied")
+    assert status == 0, output
+    one, parts = metrics(project, f"tied{stage}"), metrics(project, f"tied{stage}-parts")
+    assert [record["loss"] for record in one] == [record["loss"] for record in parts]
+    if stage < 3:
+        assert weights_hash(project, f"tied{stage}", 3) == weights_hash(project, f"tied{stage}-parts", 3)
+
+
 @pytest.mark.slow
 def test_a_ramp_sees_what_one_batch_of_each_size_would(project: Path) -> None:
     """Step by step the loss and norm of the mean over that step's samples, in one process and in two."""

@@ -136,11 +136,14 @@ def test_tied_embeddings_fill_both_matrices(model, folder):
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, aquila"),
-        ({"head_dim": 32}, "head_dim"),
+        ({"head_dim": 7}, "head size 7 must be even"),
         ({"vocab_size": None}, "vocab_size must be a whole number above 0, got None"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number"),
         ({"intermediate_size": True}, "intermediate_size"),
-        ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+        (
+            {"num_attention_heads": 5, "head_dim": None},
+            "hidden_size 48 is no multiple of num_attention_heads 5",
+        ),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
         ({"rope_theta": float("inf")}, "rope_theta must be a number"),
         ({"rope_parameters": 7}, "rope_parameters must be a table"),
@@ -148,7 +151,7 @@ def test_tied_embeddings_fill_both_matrices(model, folder):
             {"rope_parameters": {"rope_type": "default", "rope_theta": []}},
             "rope_parameters: rope_theta|rope_theta",
         ),
-        ({"sliding_window": 64}, "sliding_window"),
+        ({"sliding_window": 32}, "sliding_window"),
     ],
 )
 def test_what_aquila_lacks_is_refused(model, change, message):
