@@ -30,10 +30,10 @@ from aquila.generation.locate import resolve_checkpoint
 from aquila.generation.sampling import Sampling
 from aquila.model import AquilaModel, gguf, hf
 from aquila.model.files import TensorInfo, write_torch
-from aquila.model.hf_tokenizer import RELEASED_FILES, copy_released, has_tokenizer, write_hf, write_json
+from aquila.model.hf_tokenizer import RELEASED_FILES, copy_released, write_hf, write_json
 from aquila.model.llama_cpp import LlamaCpp, library
 from aquila.model.weights import Weights, check_names, load_config, write_sharded
-from aquila.tokenizer import load_tokenizer
+from aquila.tokenizer import has_tokenizer, load_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -214,7 +214,7 @@ def verify_tokens(source: Path, output: Path) -> int:
         ids = {mark: getattr(their, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
 
         def encode(text: str) -> list[int]:
-            return their.encode(text, add_special_tokens=False)
+            return their.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     with tempfile.TemporaryDirectory() as folder:  # the source may be in Hugging Face's files
         ours = copy_released(source, Path(folder))

@@ -16,7 +16,7 @@ from torch import Tensor
 from aquila.config import ModelConfig
 from aquila.core.errors import UserError
 from aquila.model.files import TensorInfo, as_bytes
-from aquila.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
+from aquila.tokenizer import BytePairTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -155,6 +155,8 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer | None, size: int)
         return
     if tokenizer.vocab_size > size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}: they do not fit")
+    if isinstance(tokenizer, JsonTokenizer):
+        raise UserError("another model's tokenizer.json is not written into GGUF files here; take --to hf")
     # Ids without a token get a text that none else has: llama.cpp takes no two of the same.
     tokens, kinds = [f"[unused {i}]" for i in range(size)], [_UNUSED] * size
     if isinstance(tokenizer, BytePairTokenizer):

@@ -9,14 +9,18 @@ from aquila.core.errors import UserError
 from aquila.core.files import replacing
 from aquila.core.text_files import read_json
 from aquila.model.hf_sentencepiece import from_pieces
-from aquila.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from aquila.tokenizer import (
+    BytePairTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    is_foreign,
+    load_tokenizer,
+)
 
 RELEASED_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model")
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that can be read here."""
-    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))
+_FOREIGN_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""The files of a tokenizer that stays as another model has it."""
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -28,16 +32,31 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def copy_released(source: Path, target: Path) -> Tokenizer:
     """Puts the tokenizer of `source` into `target` in the released files.
 
-    A folder that has `tokenizer.json` alone gets its `vocab.json` and `merges.txt` out of it. Raises
-    `UserError` for a tokenizer that is no byte-level BPE.
+    A folder that has Aquila's `tokenizer.json` alone gets its `vocab.json` and `merges.txt` out of it;
+    another model's stays as it is. Raises `UserError` for a tokenizer that cannot be read here.
     """
-    if not any((source / name).is_file() for name in ("vocab.json", "tokenizer.model")):
-        _unpack(source, target)
+    if (source / "vocab.json").is_file():
+        names = RELEASED_FILES
+    elif (source / "tokenizer.json").is_file() and is_foreign(source):
+        if _splits_as_gpt2(read_json(source / "tokenizer.json")):
+            _unpack(source, target)
+            return load_tokenizer(target)
+        names = _FOREIGN_FILES
     else:
-        for name in RELEASED_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+        names = RELEASED_FILES
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     return load_tokenizer(target)
+
+
+def _splits_as_gpt2(content: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is Aquila's byte-level BPE: GPT-2's pattern, `[CLS]` among its tokens."""
+    splitting, model = content.get("pre_tokenizer") or {}, content.get("model") or {}
+    plain = splitting.get("type") == "ByteLevel" and not content.get("normalizer")
+    plain = plain and splitting.get("use_regex", True) and not splitting.get("add_prefix_space", True)
+    added = {token.get("content") for token in content.get("added_tokens") or []}
+    return plain and ("[CLS]" in added or "[CLS]" in (model.get("vocab") or {}))
 
 
 def _unpack(source: Path, target: Path) -> None:
@@ -57,6 +76,8 @@ def write_hf(tokenizer: Tokenizer, source: Path, target: Path, max_length: int) 
     As here, no token is put around a text, and a special token written out in a text stays text. Raises
     `UserError` for a tokenizer whose ids `tokenizer.json` cannot give.
     """
+    if isinstance(tokenizer, JsonTokenizer):
+        return  # its files are there, as they came
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
         whole = from_pieces(tokenizer)

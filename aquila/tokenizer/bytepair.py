@@ -18,7 +18,7 @@ from aquila.tokenizer.fast import PROBE, VERSIONS, FastEncoder
 _LONG = 1 << 20
 """Texts above this many characters are encoded in pieces, so that memory follows the ids, not the text."""
 
-_MOST_IDS = 1 << 24
+MOST_IDS = 1 << 24
 """Ids below this: a table by id is held in memory, and the embedding has a row for each."""
 
 # A letter or digit, then a space or punctuation: the pattern always ends a piece between the two, and
@@ -105,7 +105,7 @@ class BytePairTokenizer(Tokenizer):
     def _bytes(self) -> list[bytes]:
         table = [b""] * self.vocab_size
         for token, index in _read_vocab(self._folder / "vocab.json").items():
-            table[index] = _token_to_bytes(token)
+            table[index] = token_to_bytes(token)
         for name, index in self.special_tokens.items():
             table[index] = name.encode()
         return table
@@ -140,7 +140,7 @@ def _why_not_fast(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str |
         return "the vocabulary lacks single bytes"
     if len({left + right for left, right in merges}) != len(merges):
         return "two merges make the same token"
-    if len({_token_to_bytes(token) for token in vocab}) != len(vocab):
+    if len({token_to_bytes(token) for token in vocab}) != len(vocab):
         return "two tokens are the same bytes"
     return None
 
@@ -159,7 +159,7 @@ def _byte_letters() -> dict[str, int]:
 _LETTERS = _byte_letters()
 
 
-def _token_to_bytes(token: str) -> bytes:
+def token_to_bytes(token: str) -> bytes:
     """The bytes that a token of `vocab.json` stands for."""
     try:
         return bytes([_LETTERS[letter] for letter in token])
@@ -169,8 +169,8 @@ def _token_to_bytes(token: str) -> bytes:
 
 def _read_vocab(path: Path) -> dict[str, int]:
     vocab = read_json(path)
-    if not vocab or not all(type(index) is int and 0 <= index < _MOST_IDS for index in vocab.values()):
-        raise UserError(f"{path}: must map each token to its id, a whole number from 0 to {_MOST_IDS - 1}")
+    if not vocab or not all(type(index) is int and 0 <= index < MOST_IDS for index in vocab.values()):
+        raise UserError(f"{path}: must map each token to its id, a whole number from 0 to {MOST_IDS - 1}")
     if surrogate_at("".join(vocab)) is not None:
         token = next(token for token in vocab if surrogate_at(token) is not None)
         raise UserError(f"{path}: token {token!a} is half of a surrogate pair, which is no text")

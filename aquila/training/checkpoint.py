@@ -47,6 +47,7 @@ from aquila.training.state import TrainState
 
 MODEL_FILES = (
     "config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model", "tokenizer.json",
+    "tokenizer_config.json",
 )  # fmt: skip
 
 
