@@ -36,7 +36,7 @@ from aquila.model.weights import load_weights, open_weights
 from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
-from aquila.training.deepspeed.config import parameter_groups
+from aquila.training.deepspeed.config import PRECISIONS, parameter_groups
 from aquila.training.deepspeed.engine import Engine, processes
 from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.deepspeed.sharded_model import Fill, divide_model
@@ -57,7 +57,6 @@ from aquila.training.watchdog import Watchdog
 OUTPUT = "checkpoints_out"
 HISTORY = "history.jsonl"
 """Every start of a run, in its folder."""
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,10 +116,8 @@ def train(
     model = build_model(effective, backend, device, folder)
     groups = parameter_groups(model, run.weight_decay)
     optimizer = backend.optimizer(run.optimizer, groups, run.lr, run.betas, run.eps, run.weight_decay)
-    engine = Engine(
-        model, optimizer, effective, world_size, universal=bool(resumption and resumption.universal)
-    )
-    state = resumption.load(engine, run_dir, rank) if resumption else TrainState()
+    engine = Engine(model, optimizer, effective, world_size)
+    state = resumption.load(engine, rank) if resumption else TrainState()
     lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     engine.alive = watchdog.alive

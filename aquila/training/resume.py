@@ -1,7 +1,6 @@
 """Which checkpoint a run goes on from, and taking it back, on the same ranks or on others."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from aquila.core.errors import UserError
 from aquila.core.files import write_atomically
 from aquila.core.text_files import is_finite
 from aquila.training.console import say
-from aquila.training.deepspeed.engine import SHARDS, Engine, make_universal
-from aquila.training.deepspeed.ranks import on_first_rank
+from aquila.training.deepspeed.config import PRECISIONS
+from aquila.training.deepspeed.engine import SHARDS, Engine
 from aquila.training.deepspeed.safe_load import load
 from aquila.training.rng import restore_random_state
 from aquila.training.state import TrainState
@@ -113,47 +112,20 @@ class Resumption:
         now["precision"] = effective.run.precision
         self.changes = {k: (self.facts[k], v) for k, v in now.items() if self.facts[k] != v}
         """What is not as it was, by name: (then, now)."""
-        stages = self.changes.get("zero_stage")
-        if self.has_optimizer and stages and 3 in stages:
-            raise UserError(
-                f"{folder}: its optimizer state was divided by ZeRO-{stages[0]}; between ZeRO-3 and the "
-                f"others it cannot be converted; go on with zero_stage={stages[0]}"
-            )
 
-    @property
-    def universal(self) -> bool:
-        """The optimizer state has to be divided anew."""
-        return self.has_optimizer and bool(self.changes)
-
-    def load(self, engine: Engine, run_dir: Path, rank: int) -> TrainState:
+    def load(self, engine: Engine, rank: int) -> TrainState:
         """Optimizer, master weights and random state; the model has its weights already."""
-        if self.universal:
-            self._load_universal(engine, run_dir, rank)
-        elif self.has_optimizer:
-            engine.load_shards(self.folder)
+        if self.has_optimizer:
+            if self.changes and rank == 0:
+                changes = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in self.changes.items())
+                say(f"dividing the optimizer state of {self.folder} anew ({changes})")
+            engine.load_shards(self.folder, int(self.facts["world_size"]), self.facts["precision"])
         elif rank == 0:
             say(f"warning: {self.folder} holds no optimizer state: this run is not exact")
         own = self.folder / "rng" / f"rank-{rank:05d}.pt"
         if own.is_file():
             _restore_random_state(own)
         return TrainState(**{key: self.facts[key] for key in TrainState.__dataclass_fields__})
-
-    def _load_universal(self, engine: Engine, run_dir: Path, rank: int) -> None:
-        """By way of a temporary copy that DeepSpeed can divide among any ranks."""
-        copy = run_dir / FOLDER / f".{self.folder.name}.universal"
-
-        def convert() -> None:
-            changes = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in self.changes.items())
-            say(f"dividing the optimizer state of {self.folder} anew ({changes})")
-            shutil.rmtree(copy, ignore_errors=True)
-            copy.mkdir(parents=True)
-            make_universal(self.folder / SHARDS, copy / SHARDS)
-
-        try:
-            on_first_rank(convert)
-            engine.load_shards(copy)
-        finally:
-            on_first_rank(lambda: shutil.rmtree(copy, ignore_errors=True))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -165,9 +137,9 @@ def _facts(folder: Path) -> dict[str, Any]:
         for key in (*TrainState.__dataclass_fields__, *counts)
         if not isinstance(facts.get(key), int | float) or not is_finite(facts[key])
     ]
-    if wrong or not isinstance(facts.get("precision"), str):
+    if wrong or facts.get("precision") not in PRECISIONS:
         what = ", ".join(wrong) or "precision"
-        raise UserError(f"{folder / STATE}: {what} is missing or no number; use another checkpoint")
+        raise UserError(f"{folder / STATE}: {what} is missing or wrong; use another checkpoint")
     return facts
 
 

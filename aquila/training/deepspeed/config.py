@@ -7,6 +7,8 @@ import torch
 from aquila.config import EffectiveConfig
 from aquila.config.run import batch_sizes
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""

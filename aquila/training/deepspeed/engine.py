@@ -6,10 +6,7 @@ The only importer of DeepSpeed. Everything else speaks to `Engine`.
 import logging
 import math
 import os
-import shutil
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +20,11 @@ import torch
 import torch.distributed as dist
 
 from aquila.config import EffectiveConfig
-from aquila.core.errors import EXIT_USER_ERROR, UserError
+from aquila.core.errors import UserError
 from aquila.model.files import TensorInfo
 from aquila.training.deepspeed.checkpoint_engine import InMemoryCheckpointEngine, Snapshot, to_host
-from aquila.training.deepspeed.config import deepspeed_config
+from aquila.training.deepspeed.config import PRECISIONS, deepspeed_config
+from aquila.training.deepspeed.optimizer_state import refresh_weights, restore
 from aquila.training.deepspeed.patches import why_not_blockwise
 from aquila.training.deepspeed.safe_load import safely
 from aquila.training.deepspeed.sharded_model import (
@@ -174,10 +172,7 @@ def _one_zero_optimizer() -> Iterator[None]:
 
 
 class Engine:
-    """A model that trains: forward, backward, reduction, clipping and step, on all ranks together.
-
-    universal: the shards to load were written by another number of ranks, ZeRO stage or precision.
-    """
+    """A model that trains: forward, backward, reduction, clipping and step, on all ranks together."""
 
     def __init__(
         self,
@@ -185,18 +180,15 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         effective: EffectiveConfig,
         world_size: int,
-        *,
-        universal: bool = False,
     ) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         config = deepspeed_config(effective, world_size)
-        if universal:
-            config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
         self.model = model
         self.world_size = world_size
         self._stage = effective.run.zero_stage
+        self._precision = effective.run.precision
         with _one_zero_optimizer():
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -401,11 +393,21 @@ class Engine:
             self._engine.module_state_dict = module_state
         return taken
 
-    def load_shards(self, folder: Path) -> None:
-        """Takes back what `snapshot_shards` of the same set-up gave, or what `make_universal` made of it.
+    def load_shards(self, folder: Path, world_size: int, precision: str) -> None:
+        """Takes back what `snapshot_shards` gave on `world_size` ranks in `precision`, under any ZeRO stage.
 
-        Raises `UserError`.
+        The model has the checkpoint's weights already. All ranks together. Raises `UserError`.
         """
+        zero = self._engine.optimizer
+        if getattr(zero, "swap_optimizer", False):
+            self._load_swapped(folder)
+            return
+        restore(zero, self.model, folder / SHARDS, world_size, PRECISIONS[precision])
+        if precision != self._precision:
+            refresh_weights(zero)
+
+    def _load_swapped(self, folder: Path) -> None:
+        """What is offloaded to files, by DeepSpeed's hand: on the same ranks alone."""
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         with safely():
@@ -437,22 +439,3 @@ def bit_sum(values: torch.Tensor) -> int:
     """The sum of a tensor's numbers read as integers."""
     integer = {2: torch.int16, 4: torch.int32}[values.element_size()]
     return int(values.detach().view(integer).sum(dtype=torch.int64))
-
-
-def make_universal(shards: Path, folder: Path) -> None:
-    """Rewrites `shards` (of any number of ranks and ZeRO stage) into `folder`, for any other number.
-
-    By DeepSpeed's own converter, which reads weights only. Raises `UserError` with its message when it fails.
-    """
-    command = [
-        sys.executable, "-m", "aquila.training.deepspeed.to_universal", "--inject_missing_state",
-        "--input_folder", str(shards), "--output_folder", str(folder),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == EXIT_USER_ERROR and "error: " in done.stderr:
-        raise UserError(done.stderr.rpartition("error: ")[2].strip())
-    if done.returncode != 0:
-        raise UserError(f"{shards} could not be divided among other devices:\n{done.stderr[-2000:]}")
-    if not list(folder.glob("*mp_rank_00_model_states.pt")):
-        facts = next(shards.glob("*mp_rank_00_model_states.pt"))
-        shutil.copyfile(facts, folder / facts.name)

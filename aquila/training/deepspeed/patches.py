@@ -17,7 +17,8 @@ class Patch(NamedTuple):
     """One thing of DeepSpeed that is replaced, called or read though it is not public.
 
     where: its name in the class. source: the first 12 digits of the SHA-256 of its source in the checked
-    releases, by `inspect.getsource`. why: what is done with it, and for what. guard: the test that fails
+    releases, by `inspect.getsource`. why: what is done with it, and for what; "read" when
+    its source is counted on, no more. guard: the test that fails
     when it no longer holds.
     """
 
@@ -30,6 +31,7 @@ class Patch(NamedTuple):
 _STEP = "tests/integration/test_blockwise_step.py"
 _TRAINING = "tests/integration/test_training.py"
 _HOSTILE = "tests/integration/test_hostile_checkpoint.py"
+_STATE = "tests/integration/test_state_conversion.py"
 PATCHES = {
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
         Patch(
@@ -46,6 +48,15 @@ PATCHES = {
         Patch("_update_scale", "456ef78f7cba", "called: the loss scale moves as in DeepSpeed's step", _STEP),
         Patch("_release_preflattened_grad_buffers", "329a5065e5ee", "called at the end of the step", _STEP),
         Patch("_lazy_init_hp_params_optimizer_state", "45e666d78112", "called at the end of the step", _STEP),
+        Patch("_link_all_hp_params", "e91c2f7e8f29", "read: what a rank holds", _STATE),
+        Patch("state_dict", "2ad067a97760", "read: the form of shards (saved_state.py)", _STATE),
+    ),
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": (
+        Patch("set_grad_positions", "b6a16f474a21", "read: what a rank holds", _STATE),
+        Patch("_create_fp16_sub_groups", "f6d2d2f11751", "read: no parameter is cut", _STATE),
+        Patch("_rigid_state_dict", "9a67500b2f2c", "read: the form of shards (saved_state.py)", _STATE),
+        Patch("checkpoint_event_prologue", "01713a52e24b", "called when precision changes", _STATE),
+        Patch("checkpoint_event_epilogue", "9b05d627407c", "called when precision changes", _STATE),
     ),
     "deepspeed.runtime.engine:DeepSpeedEngine": (
         Patch(
@@ -69,7 +80,7 @@ PATCHES = {
         Patch(
             "load_checkpoint",
             "5728d3dfa42a",
-            "called with a torch.load that reads data alone (safe_load.py)",
+            "called for state in files (NVMe), with a torch.load that reads data alone (safe_load.py)",
             _HOSTILE,
         ),
     ),

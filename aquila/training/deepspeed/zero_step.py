@@ -125,7 +125,7 @@ class BlockwiseStep:
         rank = dist.get_rank(zero.real_dp_process_group[group])
         weights = zero.parallel_partitioned_bit16_groups[group][rank]
         settings = zero.optimizer.param_groups[group]
-        state = _state(zero.optimizer, master)
+        state = adamw_state(zero.optimizer, master)
         state["step"] += 1
         flat = weights.data, master.data, state["exp_avg"], state["exp_avg_sq"]
 
@@ -148,7 +148,7 @@ class BlockwiseStep:
             gathering.wait()
 
 
-def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+def adamw_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a flat partition, made as torch makes it at the first step."""
     state = optimizer.state[master]
     if not state:

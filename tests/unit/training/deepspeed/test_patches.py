@@ -35,5 +35,7 @@ def test_private_names_stand_in_the_table_alone(root):
         if path.name != "patches.py":
             used |= set(re.findall(r"(?:zero|_engine|DeepSpeedEngine)\.(_[a-z]\w+)", path.read_text()))
     assert used - {"_global_grad_norm", "_engine"} == {
-        patch.where for _, patch in ENTRIES if patch.where.startswith("_")
+        patch.where
+        for _, patch in ENTRIES
+        if patch.where.startswith("_") and not patch.why.startswith("read: ")
     }
