@@ -117,6 +117,9 @@ def train(
     groups = parameter_groups(model, run.weight_decay)
     optimizer = backend.optimizer(run.optimizer, groups, run.lr, run.betas, run.eps, run.weight_decay)
     engine = Engine(model, optimizer, effective, world_size)
+    engine.unequal = corpora.train.is_masked
+    if engine.unequal or len(corpora.train.corpora) > 1:
+        engine.tell_apart = len(corpora.train.corpora)
     state = resumption.load(engine, rank) if resumption else TrainState()
     lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
@@ -242,6 +245,7 @@ def open_log(
         memory_gib=backend.memory_gib,
         resumed_step=resumed_step,
         boards=boards,
+        corpora=[corpus.prefix for corpus in corpora.train.corpora],
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from aquila.core.errors import UserError, run_command
 from aquila.data.indexfile import Index, read_index, read_tokens
+from aquila.data.loss_mask import check_mask, marked, mask_prefix
 from aquila.data.meta import read_meta
 from aquila.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,6 +32,9 @@ def main() -> int:
         f"{arguments.prefix}: {len(index.documents) - 1:,} documents, {index.tokens:,} {index.dtype} tokens "
         f"({made})"
     )
+    facts = check_mask(arguments.prefix, index, meta)
+    if facts:
+        print(f"  loss mask: {facts['counted']:,} tokens count; in documents, they stand between ⟦ and ⟧")
     for item in meta["inputs"] if meta else ():
         print(f"  from {item['path']} ({item['size']:,} bytes)")
     if arguments.documents:
@@ -39,7 +43,8 @@ def main() -> int:
             raise UserError(
                 f"{arguments.prefix} was made with another tokenizer than {arguments.model_dir} has"
             )
-        show_documents(arguments.prefix, index, arguments.documents, tokenizer)
+        mask = masked_tokens(arguments.prefix) if facts else None
+        show_documents(arguments.prefix, index, arguments.documents, tokenizer, mask)
     lengths = document_lengths(index)
     if arguments.histogram:
         print("\n".join(histogram(lengths)))
@@ -49,7 +54,15 @@ def main() -> int:
     return 0
 
 
-def show_documents(prefix: str, index: Index, wanted: str, tokenizer: Tokenizer | None) -> None:
+def masked_tokens(prefix: str) -> np.ndarray:
+    """The loss mask of a dataset: uint8 (tokens,)."""
+    path = mask_prefix(prefix)
+    return read_tokens(path, read_index(path))
+
+
+def show_documents(
+    prefix: str, index: Index, wanted: str, tokenizer: Tokenizer | None, mask: np.ndarray | None = None
+) -> None:
     """Prints documents of a range `I..J` (or `I`). Raises `UserError` for one that does not exist."""
     count = len(index.documents) - 1
     try:
@@ -62,9 +75,12 @@ def show_documents(prefix: str, index: Index, wanted: str, tokenizer: Tokenizer 
     tokens = read_tokens(prefix, index)
     for number in numbers:
         start = int(index.offsets[index.documents[number]]) // index.dtype.itemsize
-        ids = tokens[start : start + int(document_lengths(index, number, number + 1)[0])].tolist()
-        print(f"--- document {number}: {len(ids)} tokens")
-        print(tokenizer.decode(ids, skip_special=False) if tokenizer else " ".join(map(str, ids)))
+        stop = start + int(document_lengths(index, number, number + 1)[0])
+        ids = tokens[start:stop].tolist()
+        counted = mask[start:stop].astype(bool) if mask is not None else None
+        more = "" if counted is None else f", {int(counted.sum())} count in the loss"
+        print(f"--- document {number}: {len(ids)} tokens{more}")
+        print(marked(ids, counted, tokenizer))
 
 
 def document_lengths(index: Index, first: int = 0, stop: int | None = None) -> np.ndarray:

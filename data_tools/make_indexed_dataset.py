@@ -9,7 +9,8 @@ import os
 import sys
 
 from aquila.core.errors import EXIT_STOPPED, UserError, run_command
-from aquila.data.prepare.documents import TEMPLATES
+from aquila.data.loss_mask import mask_prefix
+from aquila.data.prepare.answers import TEMPLATES
 from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.tokenizer import load_tokenizer
 
@@ -35,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--txt-documents", choices=("file", "line"), default="file", help="what a document is in .txt files")
     add("--allow-special-tokens", action="store_true", help="parse [CLS], </s>, ... written in the text")
+    add("--mask-prompts", action="store_true", help="of conversations the answers alone count in the loss")
     return parser.parse_args()
 
 
@@ -44,6 +46,8 @@ def main() -> int:
         raise UserError(f"--workers {arguments.workers}: give at least 1")
     if len(set(arguments.json_keys)) != len(arguments.json_keys):
         raise UserError(f"--json-keys {' '.join(arguments.json_keys)}: a key stands twice")
+    if arguments.mask_prompts and arguments.json_keys != ["text"]:
+        raise UserError("--mask-prompts masks conversations, which --json-keys does not read; leave one out")
     request = PrepareOptions(
         inputs=arguments.input,
         output_prefix=arguments.output_prefix,
@@ -53,6 +57,7 @@ def main() -> int:
         on_error=arguments.on_error,
         text_lines=arguments.txt_documents == "line",
         allow_special=arguments.allow_special_tokens,
+        mask_prompts=arguments.mask_prompts,
     )
     try:
         tokenizer = load_tokenizer(arguments.model_dir)
@@ -66,6 +71,11 @@ def main() -> int:
         print(f"went on from {outcome.resumed_parts} finished parts of an interrupted run")
     for prefix, tokens in zip(outcome.prefixes, outcome.tokens, strict=True):
         print(f"{prefix}: {outcome.documents:,} documents, {tokens:,} tokens, {outcome.seconds:.1f} s")
+    if outcome.counted is not None:
+        share = outcome.counted / max(1, outcome.tokens[0])
+        print(
+            f"{mask_prefix(outcome.prefixes[0])}: {outcome.counted:,} tokens ({share:.1%}) count in the loss"
+        )
     if outcome.rejected:
         print(f"{outcome.rejected:,} bad documents were skipped: see {request.rejects}")
     return 0

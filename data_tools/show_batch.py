@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     samples = samples_of_step(arguments.run / "metrics.jsonl", arguments.step)
+    from aquila.data.loss_mask import marked
     from aquila.data.order import open_order
     from aquila.tokenizer import load_tokenizer
 
@@ -40,9 +41,11 @@ def main() -> int:
             "documents": list(found.document_ids),
             "first_document_from_token": found.first_offset,
         }
+        counted = None if sample.mask is None else sample.mask.astype(bool)
+        if counted is not None:
+            record["counted_tokens"] = int(counted[1:].sum())
         if tokenizer:
-            text = tokenizer.decode(sample.tokens.tolist(), skip_special=False)
-            record["text"] = text[: arguments.characters]
+            record["text"] = marked(sample.tokens.tolist(), counted, tokenizer)[: arguments.characters]
         print(json.dumps(record, ensure_ascii=False) if arguments.json else _lines(record))
     return 0
 
@@ -53,6 +56,7 @@ def _lines(record: dict) -> str:
         f"sample {record['sample']:,}: {record['corpus']}, epoch {record['epoch']}, its sample "
         f"{record['sample_of_corpus']:,}: documents {documents}; the first from token "
         f"{record['first_document_from_token']}"
+        + (f"; {record['counted_tokens']} labels count in the loss" if "counted_tokens" in record else "")
     ]
     return "\n".join(lines + ([f"    {record['text']!r}"] if "text" in record else []))
 

@@ -27,11 +27,13 @@ class Batch:
     """float32: 1 where the label counts. A new tensor in every batch: nobody's edits reach another.
 
     With document numbers, predicting the first token of the next document from the end of the one
-    before does not count; nothing else is left out, whatever its id."""
+    before does not count, nor does what a corpus's loss mask leaves out; nothing else, whatever its id."""
     documents: torch.Tensor | None
     """int64: which document of its row each input belongs to; None for plain causal attention."""
     first_sample: int
     """The batch's first sample of the stream; its samples are consecutive."""
+    corpora: torch.Tensor
+    """int64 (micro batch,): of which corpus of the stream each sample is, by its place there."""
 
 
 def make_batch(stream: SampleStream, samples: range, document_mask: bool = False) -> Batch:
@@ -39,12 +41,17 @@ def make_batch(stream: SampleStream, samples: range, document_mask: bool = False
     drawn = [stream[k] for k in samples]
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in drawn]))
     loss_mask = torch.ones(len(drawn), tokens.shape[1] - 1)
+    for row, sample in zip(loss_mask, drawn, strict=True):
+        if sample.mask is not None:
+            row.copy_(torch.from_numpy(sample.mask[1:]))
     documents = None
     if document_mask:
         numbers = torch.from_numpy(np.stack([sample.documents for sample in drawn]))
         loss_mask[numbers[:, 1:] != numbers[:, :-1]] = 0.0
         documents = numbers[:, :-1].contiguous()
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), loss_mask, documents, samples.start)
+    corpora = torch.tensor([stream.place_of(sample.provenance.corpus) for sample in drawn])
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Batch(inputs, labels, loss_mask, documents, samples.start, corpora)
 
 
 def evaluation_batches(
@@ -152,6 +159,5 @@ def _pinned(batch: Batch) -> Batch:
 
 def _mapped(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
     documents = None if batch.documents is None else change(batch.documents)
-    return Batch(
-        change(batch.tokens), change(batch.labels), change(batch.loss_mask), documents, batch.first_sample
-    )
+    moved = change(batch.tokens), change(batch.labels), change(batch.loss_mask)
+    return Batch(*moved, documents, batch.first_sample, change(batch.corpora))

@@ -26,6 +26,8 @@ from aquila.config.run import parse_split
 from aquila.core.errors import UserError
 from aquila.data.blend import Blend, Segment
 from aquila.data.indexfile import bin_path, read_index
+from aquila.data.loss_mask import check_mask, mask_prefix
+from aquila.data.meta import read_meta
 
 
 @contextlib.contextmanager
@@ -85,6 +87,8 @@ class Sample(NamedTuple):
     documents: np.ndarray
     """int64 (seq_length + 1,): which document of the sample each token belongs to, from 0 upwards."""
     provenance: "Provenance"
+    mask: np.ndarray | None = None
+    """uint8 (seq_length + 1,): 1 where a token counts as a label; None where all do."""
 
 
 class Provenance(NamedTuple):
@@ -135,8 +139,10 @@ class _PositionedReader:
         return np.frombuffer(data, dtype=dtype)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
+        try:  # noqa: SIM105 - at the very end of a process contextlib may be gone
             os.close(self._file)
+        except (AttributeError, OSError):
+            pass
 
 
 def _map_at_once(array: Any) -> None:
@@ -157,6 +163,12 @@ def open_dataset(prefix: str | Path) -> IndexedDataset:
     return dataset
 
 
+def open_mask(prefix: str | Path) -> IndexedDataset | None:
+    """The loss mask of a dataset, None where there is none. Raises `UserError` for one that does not fit."""
+    fits = check_mask(prefix, read_index(prefix), read_meta(prefix))
+    return open_dataset(mask_prefix(prefix)) if fits else None
+
+
 class Corpus:
     """A range of a dataset's documents as samples of `seq_length` tokens, epoch after epoch."""
 
@@ -168,9 +180,12 @@ class Corpus:
         seq_length: int,
         seed: int,
         cache_dir: Path | None = None,
+        mask: IndexedDataset | None = None,
     ) -> None:
+        """`mask`: the loss mask, a dataset of the same documents."""
         self.prefix = prefix
         self.dataset = dataset
+        self.mask = mask
         self._documents = documents
         self._seq_length = seq_length
         self._seed = seed
@@ -186,18 +201,21 @@ class Corpus:
         order = self.epoch_order(epoch)
         cut = int(order.shuffle[place])
         (first, offset), (last, end) = order.starts[cut].tolist(), order.starts[cut + 1].tolist()
-        parts, ids = [], []
+        parts, ids, marks = [], [], []
         for at in range(first, last + 1):
             document = int(order.documents[at])
             start = offset if at == first else 0
             # Samples share one token: the last label of one is the first input of the next.
             stop = end + 1 if at == last else int(self._lengths[document])
             parts.append(self.dataset.get(document, offset=start, length=stop - start))
+            if self.mask is not None:
+                marks.append(self.mask.get(document, offset=start, length=stop - start))
             ids.append(document)
         tokens = np.concatenate(parts, dtype=np.int64)
         assert len(tokens) == self._seq_length + 1
         numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        return Sample(tokens, numbers, Provenance(self.prefix, epoch, index, tuple(ids), offset))
+        found = Provenance(self.prefix, epoch, index, tuple(ids), offset)
+        return Sample(tokens, numbers, found, np.concatenate(marks) if marks else None)
 
     def epoch_order(self, epoch: int) -> EpochOrder:
         """Order of one epoch: from memory, from the cache folder, or built."""
@@ -287,10 +305,20 @@ class SampleStream:
         self.identity = identity or {}
         """Split, sequence length and seed: with the corpora, what decides the order."""
         self.samples_per_epoch = sum(corpus.samples_per_epoch for corpus in self.corpora)
+        self._places = {corpus.prefix: place for place, corpus in enumerate(self.corpora)}
         self._by_prefix = {corpus.prefix: corpus for corpus in self.corpora}
         self.weights = self.shares([corpus.prefix for corpus in corpora], weights)
         self._blends: dict[int, Blend] = {}
         self.segments = [Segment(0, self.weights)]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a corpus has a loss mask: samples then count unequal numbers of tokens."""
+        return any(corpus.mask is not None for corpus in self.corpora)
+
+    def place_of(self, prefix: str) -> int:
+        """Place of a corpus in `corpora`."""
+        return self._places[prefix]
 
     def __getitem__(self, k: int) -> Sample:
         """Sample `k` >= 0."""
@@ -378,19 +406,19 @@ def open_corpora(
     train, valid, valid_weights = [], [], []
     others = [prefix for prefix in later if prefix not in prefixes]
     for i, prefix in enumerate([*prefixes, *others]):
-        dataset = open_dataset(prefix)
+        dataset, mask = open_dataset(prefix), open_mask(prefix)
         count = len(dataset.index)
         first, second = (round(share * float(count)) for share in (shares[0], shares[0] + shares[1]))
         cache = Path(cache_dir) if cache_dir else Path(f"{prefix}.order")
         keep = cache if cache_dir or cache.is_dir() else None
-        corpus = Corpus(dataset, prefix, range(0, first), seq_length, seed, keep)
+        corpus = Corpus(dataset, prefix, range(0, first), seq_length, seed, keep, mask)
         if corpus.samples_per_epoch == 0:
             raise UserError(
                 f"dataset {prefix}: its training split ({split}: {first} of {count} documents,"
                 f" {corpus.tokens} tokens) holds no sample of {seq_length + 1}; use a shorter seq_length"
             )
         train.append(corpus)
-        rest = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep)
+        rest = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep, mask)
         if rest.samples_per_epoch and i < len(prefixes):
             valid.append(rest)
             valid_weights.append(weights[i] if weights else 0.0)

@@ -4,12 +4,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from aquila.core.errors import UserError
 from aquila.core.files import sha256, sync_file
 from aquila.data.indexfile import Index, bin_path, idx_path, read_index, write_index
+from aquila.data.loss_mask import mask_prefix, merge_masks
 from aquila.data.meta import make_meta, meta_path, read_meta, write_meta
 
 _COPY = 1 << 22
@@ -31,10 +33,14 @@ def merge_datasets(prefixes: Sequence[str], output: str) -> dict[str, int]:
         if index.dtype != indexes[0].dtype:
             raise UserError(f"{prefix} holds {index.dtype}, {prefixes[0]} {indexes[0].dtype}: not merged")
     Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    mask = mask_prefix(output)
+    for path in (idx_path(output), bin_path(mask), idx_path(mask)):
+        path.unlink(missing_ok=True)  # of an older making
+    facts = merge_masks(prefixes, indexes, metas, mask)
     finals = (bin_path(output), meta_path(output), idx_path(output))
     unfinished = [Path(f"{path}.tmp-{os.getpid()}") for path in finals]
     try:
-        counts = _write(prefixes, indexes, metas, output, *unfinished)
+        counts = _write(prefixes, indexes, metas, output, facts, *unfinished)
     finally:
         for path in unfinished:
             path.unlink(missing_ok=True)
@@ -53,6 +59,7 @@ def _write(
     indexes: list[Index],
     metas: list[dict],
     output: str,
+    mask: dict[str, Any] | None,
     bin_: Path,
     meta_: Path,
     idx: Path,
@@ -85,9 +92,9 @@ def _write(
         merged_from=[str(prefix) for prefix in prefixes],
         bin_sha256=digest.hexdigest(),
         idx_sha256=sha256(idx),
+        **({"loss_mask": mask} if mask else {}),
     )
     # The index comes last: without it the other files are no dataset.
-    idx_path(output).unlink(missing_ok=True)
     os.replace(bin_, bin_path(output))
     write_meta(meta_, meta)
     os.replace(meta_, meta_path(output))

@@ -15,6 +15,7 @@ from aquila.core.errors import UserError
 from aquila.core.files import sync_file
 from aquila.core.text_files import read_json
 from aquila.data.indexfile import Index, read_index, read_tokens
+from aquila.data.loss_mask import check_mask
 from aquila.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -126,6 +127,7 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer | None, vocab_size: i
             f"{tokenizer.vocab_size} ids); make it again with --model-dir of this model"
         )
     _check_ids(prefix, counts.get("min_id", 0), counts["max_id"], vocab_size)
+    check_mask(prefix, index, meta)
     return None
 
 

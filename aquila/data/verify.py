@@ -8,6 +8,7 @@ import numpy as np
 from aquila.core.errors import UserError
 from aquila.core.files import sha256
 from aquila.data.indexfile import Index, bin_path, idx_path, read_index, read_tokens
+from aquila.data.loss_mask import mask_prefix, mask_problems
 from aquila.data.meta import id_range, meta_path, read_meta
 
 _CHUNK = 1 << 20
@@ -35,6 +36,9 @@ def verify_dataset(prefix: str | Path, vocab_size: int | None = None) -> list[st
         problems.append(f"{bin_path(prefix)}: token id {wrong} is outside the vocabulary of {limit} ids")
     if meta is not None:
         problems += _framing_problems(prefix, index, meta["tokenizer"])
+        problems += mask_problems(prefix, index, meta)
+        if not problems and meta.get("loss_mask"):
+            problems += _checksum_problems(mask_prefix(prefix), meta["loss_mask"])
     return problems
 
 
@@ -59,7 +63,7 @@ def _index_problems(prefix: str | Path, index: Index) -> Iterator[str]:
 def _checksum_problems(prefix: str | Path, meta: dict) -> Iterator[str]:
     for path, key in ((bin_path(prefix), "bin_sha256"), (idx_path(prefix), "idx_sha256")):
         if key in meta and sha256(path) != meta[key]:
-            yield f"{path}: its content is not what was written (SHA-256 differs from {meta_path(prefix)})"
+            yield f"{path}: its content is not what was written (its SHA-256 is not that of .meta.json)"
 
 
 def _count_problems(prefix: str | Path, meta: dict, index: Index) -> Iterator[str]:

@@ -227,16 +227,20 @@ class AquilaModel(nn.Module):
         loss_mask: Tensor | None = None,  # float (B, S)
         documents: Tensor | None = None,  # int64 (B, S)
         cache: KVCache | None = None,
+        token_losses: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, S, V) in the model's dtype, or with `labels` their mean loss, a scalar in fp32.
 
         `documents` numbers each token's document within its row, never decreasing: attention stays within a
         document and positions start anew in each. With `cache` the tokens follow those it holds.
+        `token_losses` gets each label's loss, fp32 (B, S), 0 where it does not count.
         """
         hidden = self.hidden(tokens, documents, cache)
         if labels is None:
             return self.output(hidden)
-        return cross_entropy(hidden, self.output.weight, labels, loss_mask, z_loss=self.z_loss)
+        return cross_entropy(
+            hidden, self.output.weight, labels, loss_mask, z_loss=self.z_loss, token_losses=token_losses
+        )
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, S, dim) after the last norm: what the output matrix takes."""

@@ -36,14 +36,17 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int | None = None,
     backend: ModuleType | None = None,
+    token_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Mean loss of the tokens that `loss_mask` counts: a scalar, fp32 (fp64 for fp64 inputs).
 
     hidden (..., dim); weight (V, dim), the output matrix; labels int64 (...), already shifted; loss_mask
     (...) weights each token (None: all count). Labels of masked tokens may be anything. With no token
     counted the loss and its gradients are zero. `z_loss` adds z_loss * mean(lse^2) (PaLM, arXiv 2204.02311).
-    `chunk`: tokens at a time, instead of what is best here.
+    `chunk`: tokens at a time, instead of what is best here. `token_losses` gets each token's loss times its
+    mask, fp32 (...), without a gradient.
     """
+    shape = labels.shape
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     mask = (
         torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask.reshape(-1).float()
@@ -52,14 +55,19 @@ def cross_entropy(
         raise ValueError(f"{hidden.shape[0]} hidden states, {len(labels)} labels, {len(mask)} mask values")
     labels = labels.masked_fill(mask == 0, 0)
     backend = backend or get_backend(hidden.device.type)
-    return _CrossEntropy.apply(hidden, weight, labels, mask, z_loss, chunk, backend, torch.is_grad_enabled())
+    found: list[Tensor] = []
+    gradients = torch.is_grad_enabled()
+    loss = _CrossEntropy.apply(hidden, weight, labels, mask, z_loss, chunk, backend, gradients, found)
+    if token_losses is not None:
+        token_losses.append(found[0].view(shape))
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
     """The gradients are made in forward, for an upstream gradient of one; backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, z_loss, chunk, backend, with_gradients):
+    def forward(ctx, hidden, weight, labels, mask, z_loss, chunk, backend, with_gradients, token_losses):
         total = mask.sum().clamp_min(torch.finfo(torch.float32).tiny)
         half = hidden.dtype == torch.float16
         # Under fp16 the mean's division waits for backward, where the loss scale has come in.
@@ -70,7 +78,8 @@ class _CrossEntropy(torch.autograd.Function):
         found = None if chunk else backend.whole_cross_entropy(*given, needs_grad)
         losses, *ctx.gradients = _chunked(*given, needs_grad, chunk, backend) if found is None else found
         ctx.dtype = weight.dtype
-        return (losses * mask).sum() / total
+        token_losses.append(losses.detach() * mask)
+        return token_losses[0].sum() / total
 
     @staticmethod
     @once_differentiable
@@ -83,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor.item() != 1:  # multiplied in fp32, rounded once
             hidden = None if hidden is None else (hidden.to(factor.dtype) * factor).to(hidden.dtype)
             weight = None if weight is None else weight.mul_(factor)
-        return hidden, None if weight is None else weight.to(ctx.dtype), *[None] * 6
+        return hidden, None if weight is None else weight.to(ctx.dtype), *[None] * 7
 
 
 def _chunked(

@@ -210,7 +210,10 @@ def small_paths(config: EffectiveConfig) -> list[Path]:
 
 def data_paths(config: EffectiveConfig, root: Path) -> list[Path]:
     """What every node must have alike, and is too large to be copied."""
-    return [Path(f"{root / prefix}{end}") for prefix in config.run.datasets for end in (".idx", ".bin")]
+    masks = [mask for prefix in config.run.datasets if (root / (mask := f"{prefix}_loss_mask.idx")).is_file()]
+    paths = [f"{prefix}{end}" for prefix in config.run.datasets for end in (".idx", ".bin")]
+    paths += [f"{mask.removesuffix('.idx')}{end}" for mask in masks for end in (".idx", ".bin")]
+    return [root / path for path in paths]
 
 
 def weight_files(model_dir: Path) -> list[Path]:

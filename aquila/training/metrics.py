@@ -66,12 +66,40 @@ class StepTimer:
         return mean, rest
 
 
+class CorpusLosses:
+    """Of the steps since the last line: loss of each corpus, over its counted tokens."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._sums: list[tuple[float, float]] = []
+
+    def add(self, result: StepResult) -> None:
+        """Takes in a step; one that was skipped does not count."""
+        if result.skipped or not result.corpus_losses:
+            return
+        before = self._sums or [(0.0, 0.0)] * len(result.corpus_losses)
+        pairs = zip(before, result.corpus_losses, strict=True)
+        self._sums = [(loss + more, tokens + count) for (loss, tokens), (more, count) in pairs]
+
+    def take(self) -> dict[str, Any]:
+        """`train_losses` and `counted_tokens` by corpus, of those read; empty where none is told."""
+        read = [(name, *sums) for name, sums in zip(self._names, self._sums, strict=False) if sums[1]]
+        self._sums = []
+        if not read:
+            return {}
+        return {
+            "train_losses": {name: loss / tokens for name, loss, tokens in read},
+            "counted_tokens": {name: int(tokens) for name, _, tokens in read},
+        }
+
+
 class RunLog:
     """The log files of one run folder; a resumed run goes on in them.
 
     flops_per_token: of training, from the model's configuration.
     peak_flops: of one device in the training dtype, or None where it is not known (no MFU then).
     memory_gib: peak memory of this process's device.
+    corpora: names of those whose losses a step tells apart.
     """
 
     def __init__(
@@ -87,7 +115,9 @@ class RunLog:
         memory_gib: Callable[[], float],
         resumed_step: int,
         boards: Sequence[MetricWriter] = (),
+        corpora: Sequence[str] = (),
     ) -> None:
+        self._corpora = CorpusLosses(corpora)
         self._folder = folder
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
@@ -100,6 +130,10 @@ class RunLog:
         forget_after(folder / METRICS, resumed_step)
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._cut = False
+
+    def took(self, result: StepResult) -> None:
+        """A step was taken, logged or not."""
+        self._corpora.add(result)
 
     def start(self, state: TrainState, timer: StepTimer, scores: Scores) -> None:
         """The evaluation before the first step, as the record of step 0; it has no training loss."""
@@ -144,6 +178,7 @@ class RunLog:
             "epoch": (state.consumed_samples - 1) // self._samples_per_epoch,
             "total_steps": self._total_steps,
         } | rest
+        record |= self._corpora.take()
         if result.skipped:
             record["skipped"] = True
         self._record(record, scores)

@@ -95,6 +95,8 @@ class Trainer:
             rate, above = self.schedule.learning_rate(step), self._spike_above()
             result = self.engine.train_step(micro_batches, rate, flags=flags, spike_above=above)
             self.timer.stop(result.forward_seconds)
+        if self.log is not None:
+            self.log.took(result)
         if result.skipped:
             self._explain(result)
         self.state.advance(

@@ -19,6 +19,7 @@ from aquila.core.errors import UserError
 from aquila.core.files import sha256, sync_file
 from aquila.core.lock import HeldError, take_lock
 from aquila.data.indexfile import bin_path, idx_path, write_index
+from aquila.data.loss_mask import MASK_DTYPE, mask_prefix
 from aquila.data.meta import meta_path, write_meta
 from aquila.data.prepare.encode import EncodedBlock
 
@@ -29,11 +30,13 @@ class DatasetWriter:
     """Appends parts; after `finish` the datasets stand under their final names.
 
     `state` holds the running totals: `parts`, `documents`, `bin` and `rejects` (bytes), `low`, `high`,
-    `lines` (of the current file) and `file` (its path).
+    `counted` (of a mask), `lines` (of the current file) and `file` (its path). `masked`: the last of the
+    prefixes is the loss mask of the first.
     """
 
-    def __init__(self, prefixes: list[str], plan: dict[str, Any]) -> None:
+    def __init__(self, prefixes: list[str], plan: dict[str, Any], *, masked: bool = False) -> None:
         self._prefixes = prefixes
+        self._masked = masked
         self._folder = Path(f"{prefixes[0]}.partial")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -41,6 +44,7 @@ class DatasetWriter:
         outputs = len(prefixes)
         self.state: dict[str, Any] = {
             "parts": 0, "documents": 0, "text": 0, "rejected": 0, "rejects": 0, "file": "", "lines": 0,
+            "counted": 0,
             "bin": [0] * outputs, "low": [0] * outputs, "high": [-1] * outputs, "crc": [0] * outputs,
         }  # fmt: skip
         self._digests = [hashlib.sha256() for _ in prefixes]
@@ -125,6 +129,7 @@ class DatasetWriter:
             self._digests[i].update(output.tokens)
             state["bin"][i] += len(output.tokens)
             state["crc"][i] = output.crc
+            state["counted"] += output.counted
             if output.tokens:
                 first = state["high"][i] < 0
                 state["low"][i] = output.lowest if first else min(state["low"][i], output.lowest)
@@ -154,17 +159,26 @@ class DatasetWriter:
         shows files of two makings as one dataset.
         """
         indexes = [self._folder / f"{i}.idx" for i in range(len(self._prefixes))]
+        mask = len(indexes) - 1 if self._masked else None
         for i, index in enumerate(indexes):
             sync_file(self._bins[i])
             self._lengths[i].flush()
             lengths = np.fromfile(self._folder / f"{i}.lengths", "<i4", self.state["documents"])
             with index.open("wb") as file:
-                write_index(file, lengths)
+                write_index(file, lengths, None, MASK_DTYPE if i == mask else "<i4")
                 sync_file(file)
-        for i, (prefix, meta) in enumerate(zip(self._prefixes, metas, strict=True)):
+        for i, prefix in enumerate(self._prefixes[: len(metas)]):
+            idx_path(prefix).unlink(missing_ok=True)
+            for path in (bin_path(mask_prefix(prefix)), idx_path(mask_prefix(prefix))):
+                path.unlink(missing_ok=True)  # of an older making
+            if i == 0 and mask is not None:
+                facts = {"bin_sha256": self._digests[mask].hexdigest(), "idx_sha256": sha256(indexes[mask])}
+                metas[0]["loss_mask"] = {"counted": self.state["counted"], **facts}
+                _give_name(self._folder / f"{mask}.bin", bin_path(self._prefixes[mask]))
+                _give_name(indexes[mask], idx_path(self._prefixes[mask]))
+            meta = metas[i]
             meta["bin_sha256"] = self._digests[i].hexdigest()
             meta["idx_sha256"] = sha256(indexes[i])
-            idx_path(prefix).unlink(missing_ok=True)
             meta_path(prefix).unlink(missing_ok=True)
             _give_name(self._folder / f"{i}.bin", bin_path(prefix))
             write_meta(self._folder / f"{i}.meta", meta)

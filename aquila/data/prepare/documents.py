@@ -5,26 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from aquila.data.prepare.answers import Part, conversation_parts
+from aquila.data.prepare.bad import BadDocumentError
 from aquila.data.prepare.blocks import Block, FileBlock, ItemsBlock, LinesBlock, RangeBlock
 from aquila.data.prepare.inputs import ByteStream
 
-AQUILA_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-AQUILA_ROLES = {
-    "human": "Human",
-    "user": "Human",
-    "gpt": "Assistant",
-    "assistant": "Assistant",
-    "system": "System",
-}
-TEMPLATES = ("plain", "aquila")
 _RAW_KEPT = 1 << 20
-
-
-class BadDocumentError(Exception):
-    """A document that cannot be taken; the message is the reason."""
 
 
 class Document(NamedTuple):
@@ -36,6 +22,8 @@ class Document(NamedTuple):
     """A text for each key; None for a bad one."""
     reason: str = ""
     raw: Any = ""
+    parts: list[Part] | None = None
+    """Of a conversation whose answers alone are to count."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,8 @@ class ReaderOptions:
 
     keys: tuple[str, ...] = ("text",)
     template: str = "plain"
+    mask_prompts: bool = False
+    """Of conversations the answers alone count."""
 
 
 def read_documents(block: Block, reading: ReaderOptions) -> tuple[Iterator[Document], int]:
@@ -82,18 +72,19 @@ def _lines(block: LinesBlock | RangeBlock, lines: list[bytes], reading: ReaderOp
             continue
         try:
             text = _decode(line)
-            texts = [_checked(text.rstrip("\r"))] if as_text else texts_of(_parse(text), reading)
+            whole = text.rstrip("\r")
+            yield (
+                Document(number, [_checked(whole)]) if as_text else document_of(number, _parse(text), reading)
+            )
         except BadDocumentError as bad:
             yield Document(number, None, str(bad), line)
-        else:
-            yield Document(number, texts)
 
 
 def _items(block: ItemsBlock, reading: ReaderOptions) -> Iterator[Document]:
     for line, item in block.items:
         try:
             value = _parse(item) if isinstance(item, str) else item
-            yield Document(line, texts_of(value, reading))
+            yield document_of(line, value, reading)
         except BadDocumentError as bad:
             yield Document(line, None, str(bad), item)
     if block.broken:
@@ -131,7 +122,7 @@ def _parse(text: str) -> Any:
         raise BadDocumentError(f"not valid JSON: {error}") from None
 
 
-def texts_of(value: Any, reading: ReaderOptions) -> list[str]:
+def document_of(line: int, value: Any, reading: ReaderOptions) -> Document:
     """The text under each key of a JSON object; a conversation's turns where it has no such key.
 
     Raises `BadDocumentError`.
@@ -139,8 +130,10 @@ def texts_of(value: Any, reading: ReaderOptions) -> list[str]:
     if not isinstance(value, dict):
         raise BadDocumentError(f"a JSON object is wanted, not {_kind(value)}")
     if reading.keys == ("text",) and "text" not in value and "conversations" in value:
-        return [_checked(conversation(value["conversations"], reading.template))]
-    return [_checked(_under(value, key)) for key in reading.keys]
+        parts = conversation_parts(value["conversations"], reading.template, answers=reading.mask_prompts)
+        texts = [_checked("".join(text for text, _ in parts))]
+        return Document(line, texts, parts=parts if reading.mask_prompts else None)
+    return Document(line, [_checked(_under(value, key)) for key in reading.keys])
 
 
 def _under(value: dict[str, Any], key: str) -> str:
@@ -158,36 +151,6 @@ def _checked(text: str) -> str:
     if "\x00" in text:
         raise BadDocumentError(f"NUL byte (character {text.index(chr(0)) + 1}): binary data?")
     return text
-
-
-def conversation(turns: Any, template: str) -> str:
-    """The text of a FastChat conversation: `[{"from": ..., "value": ...}, ...]`.
-
-    `plain`: the turns' values joined by one newline. `aquila`: AquilaChat's form, as FastChat's template
-    "aquila-chat" writes it, `SYSTEM###Human: ...###Assistant: ...`; the document's `</s>` ends it.
-    Raises `BadDocumentError`.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise BadDocumentError("'conversations' must hold a list of turns")
-    values = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadDocumentError(f"turn {number} of the conversation has no text under 'value'")
-        values.append(turn["value"])
-    if template == "plain":
-        return "\n".join(values)
-    system, parts = AQUILA_SYSTEM, []
-    for number, (turn, value) in enumerate(zip(turns, values, strict=True), start=1):
-        sender = turn.get("from")
-        role = AQUILA_ROLES.get(sender) if isinstance(sender, str) else None
-        if role is None:
-            known = ", ".join(AQUILA_ROLES)
-            raise BadDocumentError(f"turn {number} is from {repr(sender)[:60]}; known are {known}")
-        if role == "System":
-            system = value
-        else:
-            parts.append(f"{role}: {value}")
-    return "###".join([system, *parts])
 
 
 def _kind(value: Any) -> str:

@@ -2,8 +2,12 @@
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from aquila.data.prepare.answers import Part, answer_mask
 from aquila.data.prepare.blocks import Block
 from aquila.data.prepare.documents import Document, ReaderOptions, as_reject, read_documents
 from aquila.tokenizer import Tokenizer, surrogate_at
@@ -13,15 +17,20 @@ _HASH_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class EncodedColumn:
-    """Documents of one key: the bytes that a part adds to `.bin`, and the lengths of its documents."""
+    """Documents of one key: the bytes that a part adds to `.bin`, and the lengths of its documents.
+
+    Or, behind them, the loss mask of the documents.
+    """
 
     tokens: bytes
-    """int32, `[CLS] ids </s>` of each document."""
+    """int32, `[CLS] ids </s>` of each document; of a mask uint8, 1 where a token counts."""
     lengths: bytes
     """int32."""
     lowest: int
     highest: int
     crc: int
+    counted: int = 0
+    """Of a mask: tokens that count."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class EncodedBlock:
     """What a block became."""
 
     outputs: list[EncodedColumn]
-    """One for each key."""
+    """One for each key; then the mask, where prompts are masked."""
     documents: int
     lines: int
     """Lines of the block, where line numbers are relative to it."""
@@ -50,6 +59,7 @@ class Encoder:
         """The part of one block. Raises `DamagedInputError`; bad documents are collected, not raised."""
         found, lines = read_documents(block, self.reading)
         documents: list[list[str]] = []
+        parts: list[list[Part] | None] = []
         rejects: list[dict[str, Any]] = []
         for document in map(self._without_surrogates, found):
             if document.texts is None:
@@ -57,9 +67,12 @@ class Encoder:
                 rejects.append(record)
             else:
                 documents.append(document.texts)
+                parts.append(document.parts)
         columns = [[texts[i] for texts in documents] for i in range(len(self.reading.keys))]
         text_bytes = sum(len(text.encode()) for column in columns for text in column)
         outputs = [self._framed(column) for column in columns]
+        if self.reading.mask_prompts:
+            outputs.append(self._mask(outputs[0], parts))
         return EncodedBlock(outputs, len(documents), lines, text_bytes, rejects)
 
     def _without_surrogates(self, document: Document) -> Document:
@@ -80,3 +93,18 @@ class Encoder:
         data = tokens.astype("<i4", copy=False).tobytes()
         lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, -1)
         return EncodedColumn(data, lengths.astype("<i4").tobytes(), lowest, highest, zlib.crc32(data))
+
+    def _mask(self, column: EncodedColumn, parts: list[list[Part] | None]) -> EncodedColumn:
+        """The loss mask of the framed documents of `column`, of the same lengths."""
+        ends = np.cumsum(np.frombuffer(column.lengths, "<i4"), dtype=np.int64)
+        framed = np.split(np.frombuffer(column.tokens, "<i4"), ends[:-1]) if parts else []
+        masks = [answer_mask(self._sizes, ids, of) for ids, of in zip(framed, parts, strict=True)]
+        mask = np.concatenate(masks) if masks else np.empty(0, np.uint8)
+        data = mask.tobytes()
+        return EncodedColumn(data, column.lengths, 0, 1, zlib.crc32(data), int(mask.sum(dtype=np.int64)))
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """UTF-8 bytes of each id: int64 (vocabulary,)."""
+        tokenizer = self.tokenizer
+        return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], np.int64)

@@ -9,6 +9,7 @@ from typing import Any
 
 from aquila.core.errors import UserError
 from aquila.core.files import sha256
+from aquila.data.loss_mask import mask_prefix
 from aquila.data.meta import make_meta, tokenizer_facts
 from aquila.data.prepare.assemble import DatasetWriter
 from aquila.data.prepare.blocks import BLOCK_BYTES, Block, cut
@@ -38,6 +39,8 @@ class PrepareOptions:
     text_lines: bool = False
     """Each line of a `.txt` file is a document, else each file."""
     allow_special: bool = False
+    mask_prompts: bool = False
+    """Beside the dataset a loss mask, in which of conversations the answers alone count."""
 
     @property
     def prefixes(self) -> list[str]:
@@ -62,6 +65,8 @@ class PrepareResult:
     """Characters of text, all parts."""
     seconds: float
     resumed_parts: int
+    counted: int | None = None
+    """Tokens that count in the loss, where there is a mask."""
 
 
 def make_datasets(request: PrepareOptions, tokenizer: Tokenizer) -> PrepareResult:
@@ -73,7 +78,9 @@ def make_datasets(request: PrepareOptions, tokenizer: Tokenizer) -> PrepareResul
     started = time.monotonic()
     sources = find_sources(request.inputs)
     Path(request.output_prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
-    assembly = DatasetWriter(request.prefixes, _plan(request, sources, tokenizer))
+    masks = [mask_prefix(request.prefixes[0])] if request.mask_prompts else []
+    plan = _plan(request, sources, tokenizer)
+    assembly = DatasetWriter(request.prefixes + masks, plan, masked=request.mask_prompts)
     try:
         checksums = _append_parts(request, sources, assembly, tokenizer)
         _check_unchanged(sources)
@@ -91,11 +98,12 @@ def make_datasets(request: PrepareOptions, tokenizer: Tokenizer) -> PrepareResul
     return PrepareResult(
         request.prefixes,
         state["documents"],
-        [size // 4 for size in state["bin"]],
+        [size // 4 for size in state["bin"][: len(request.keys)]],
         state["rejected"],
         state["text"],
         time.monotonic() - started,
         assembly.resumed_parts,
+        state["counted"] if request.mask_prompts else None,
     )
 
 
@@ -113,7 +121,7 @@ def _plan(request: PrepareOptions, sources: list[Source], tokenizer: Tokenizer) 
 
 
 def _reading(request: PrepareOptions) -> ReaderOptions:
-    return ReaderOptions(request.keys, request.template)
+    return ReaderOptions(request.keys, request.template, request.mask_prompts)
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def _append_parts(
                 done,
                 state["documents"] - before["documents"],
                 state["text"] - before["text"],
-                all_tokens=sum(state["bin"]) // 4,
+                all_tokens=sum(state["bin"][: len(request.keys)]) // 4,
             )
     finally:
         progress.close()

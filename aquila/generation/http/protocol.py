@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from aquila.config.strict import nearest
 from aquila.core.errors import UserError
-from aquila.data.prepare.documents import conversation
+from aquila.data.prepare.answers import conversation
 from aquila.generation.answers import Answer
 from aquila.generation.sampling import Sampling
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +51,8 @@ class MicroBatch(Protocol):
     def loss_mask(self) -> torch.Tensor: ...
     @property
     def documents(self) -> torch.Tensor | None: ...
+    @property
+    def corpora(self) -> torch.Tensor: ...
 
 
 class StepFlags(NamedTuple):
@@ -95,6 +97,8 @@ class StepResult:
     flags: StepFlags
     passed_over: bool = False
     """Not taken because the run says so (`skip_steps`): no loss is known."""
+    corpus_losses: list[tuple[float, float]] = field(default_factory=list)
+    """Of each corpus, where they are told apart: sum of its tokens' losses, and how many of them count."""
 
 
 class Evaluation(NamedTuple):
@@ -193,6 +197,10 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self.tell_apart = 0
+        """Corpora whose losses are summed on their own, and whose tokens that count are told."""
+        self.unequal = False
+        """Micro batches count unequal numbers of tokens: each token then weighs the same in a step."""
         self.alive: Callable[[], None] = lambda: None
         """Called while something takes long and goes on."""
         self._gradients = GradientCheck(self.device)
@@ -260,10 +268,14 @@ class Engine:
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         forward_seconds, spike = 0.0, False
+        by_corpus = torch.zeros(2, self.tell_apart, device=self.device) if self.tell_apart else None
+        weights = self._weights(batches)
         self._gradients.start()
         for number, batch in enumerate(batches, start=1):
             started = time.perf_counter()
-            loss = self._loss(self._engine, batch)
+            loss = self._loss(self._engine, batch, by_corpus)
+            if weights is not None:
+                loss = loss * weights[number - 1]
             total += loss.detach()
             forward_seconds += time.perf_counter() - started
             if spike_above is not None and number == len(batches):
@@ -279,7 +291,9 @@ class Engine:
             math.nan if norm is None else norm,
             forward_seconds,
         )
-        losses, gradients, norms, seconds, *told = self.gather(*values, *flags)
+        sums = [] if by_corpus is None else list(by_corpus.flatten())
+        losses, gradients, norms, seconds, *told = self.gather(*values, *flags, *sums)
+        told, sums = told[: len(flags)], [sum(column) for column in told[len(flags) :]]
         skipped = bool(self._engine.optimizer.overflow)
         if self.world_size == 1:  # nobody to tell apart, and nobody looked
             gradients = [math.nan if skipped else 0.0]
@@ -293,7 +307,20 @@ class Engine:
             forward_seconds=seconds,
             bad_gradient_ranks=[rank for rank, value in enumerate(gradients) if not math.isfinite(value)],
             flags=StepFlags.of_all(told),
+            corpus_losses=list(zip(sums[: self.tell_apart], sums[self.tell_apart :], strict=True)),
         )
+
+    def _weights(self, batches: Sequence[MicroBatch]) -> list[float] | None:
+        """Of each micro batch its counted tokens over their mean of all; None where all count alike.
+
+        The mean over ranks and micro steps is then the mean over the step's counted tokens.
+        """
+        if not self.unequal:
+            return None
+        counts = torch.stack([batch.loss_mask.sum() for batch in batches]).tolist()
+        (totals,) = self.gather(sum(counts))
+        mean = sum(totals) / (self.world_size * len(batches))
+        return [count / mean if mean else 0.0 for count in counts]
 
     def pass_over(self, flags: StepFlags) -> StepResult:
         """A step that is not taken: nothing changes, and the flags travel all the same."""
@@ -320,8 +347,18 @@ class Engine:
         self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
 
     @staticmethod
-    def _loss(module: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        return module(batch.tokens, labels=batch.labels, loss_mask=batch.loss_mask, documents=batch.documents)
+    def _loss(
+        module: torch.nn.Module, batch: MicroBatch, by_corpus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The batch's loss; `by_corpus` (2, corpora) gets the sums of its rows' losses and counted tokens."""
+        inputs = {"labels": batch.labels, "loss_mask": batch.loss_mask, "documents": batch.documents}
+        if by_corpus is None:
+            return module(batch.tokens, **inputs)
+        found: list[torch.Tensor] = []
+        loss = module(batch.tokens, **inputs, token_losses=found)
+        rows = torch.stack((found[0].sum(1), batch.loss_mask.sum(1)))
+        by_corpus.index_add_(1, batch.corpora, rows)
+        return loss
 
     @torch.no_grad()
     def evaluate(

@@ -108,6 +108,8 @@ def test_an_error_of_the_reading_thread_comes_out(stream):
                 return stream[k]
             raise OSError("disk gone")
 
+        place_of = stream.place_of
+
     batches = Batches(Broken(), 0, 0, 1, 2)
     next(batches)
     with pytest.raises(OSError, match="disk gone"):

@@ -23,8 +23,10 @@ def request_of(tmp_path, monkeypatch):
     lines.insert(17, "bad")
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
 
-    def request(name, keys=("text",)):
-        return PrepareOptions([str(tmp_path / "d.jsonl")], str(tmp_path / name), on_error="skip", keys=keys)
+    def request(name, keys=("text",), masked=False):
+        return PrepareOptions(
+            [str(tmp_path / "d.jsonl")], str(tmp_path / name), on_error="skip", keys=keys, mask_prompts=masked
+        )
 
     return request
 
@@ -66,14 +68,15 @@ def content(tmp_path, name):
     }
 
 
-def test_killed_at_every_step(root, tmp_path, request_of):
+@pytest.mark.parametrize("masked", [False, True])
+def test_killed_at_every_step(root, tmp_path, request_of, masked):
     tokenizer = load_tokenizer(root / "checkpoints_in/aquila-tiny")
-    make_datasets(request_of("whole"), tokenizer)
+    make_datasets(request_of("whole", masked=masked), tokenizer)
     whole = content(tmp_path, "whole")
-    assert len(whole) == 4
+    assert len(whole) == (6 if masked else 4)
     step = resumed = 0
     while True:
-        request = request_of(f"s{step}")
+        request = request_of(f"s{step}", masked=masked)
         status = run_and_die_at(request, tokenizer, step)
         if status == 0:
             break

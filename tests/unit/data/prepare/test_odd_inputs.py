@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from aquila.data.prepare.answers import conversation
+from aquila.data.prepare.bad import BadDocumentError
 from aquila.data.prepare.blocks import _batch_rows
-from aquila.data.prepare.documents import BadDocumentError, ReaderOptions, conversation, texts_of
+from aquila.data.prepare.documents import ReaderOptions, document_of
 from aquila.data.prepare.inputs import find_sources
 
 
@@ -15,9 +17,9 @@ def test_a_parquet_cell_that_is_no_text_is_one_bad_document() -> None:
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"ok\xff\xfe")]
     batch = pa.RecordBatch.from_arrays([pa.Array.from_buffers(pa.string(), 2, buffers)], ["text"])
     good, bad = _batch_rows(batch)
-    assert texts_of(good, ReaderOptions()) == ["ok"]
+    assert document_of(1, good, ReaderOptions()).texts == ["ok"]
     with pytest.raises(BadDocumentError, match="binary data"):
-        texts_of(bad, ReaderOptions())
+        document_of(2, bad, ReaderOptions())
 
 
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None, 5, "x" * 10**6])

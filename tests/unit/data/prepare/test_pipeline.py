@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aquila.core.errors import UserError
 from aquila.data.indexfile import read_index, read_tokens
 from aquila.data.prepare import blocks
-from aquila.data.prepare.documents import AQUILA_SYSTEM, conversation
+from aquila.data.prepare.answers import AQUILA_SYSTEM, conversation
 from aquila.data.prepare.inputs import find_sources
 from aquila.data.prepare.pipeline import PrepareOptions, make_datasets
 from aquila.tokenizer import load_tokenizer
