@@ -45,6 +45,7 @@ GROUPS = {
         "aquila/report.py": "runs as a page and a picture",
         "generate.py": "talks to a model, or serves it",
         "aquila/evaluate.py": "loss and bits per byte of a model",
+        "aquila/average.py": "the mean of several checkpoints",
         "aquila/convert.py": "checkpoints to Hugging Face and back",
     },
     "upkeep": {

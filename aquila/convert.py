@@ -147,8 +147,7 @@ def convert(
             (target / name).unlink(missing_ok=True)
         return
     if to == "aquila":
-        values = {**config.model_dump(exclude_none=True), **_scaling(config)}
-        write_json(target / "config.json", values)
+        write_json(target / "config.json", config.to_dict())
         write_torch(target / "pytorch_model.bin", infos, produce)
         return
     ids = {}
@@ -160,10 +159,6 @@ def convert(
     if ids:
         write_json(target / "generation_config.json", ids)
     _write_hf_weights(config, target, infos, produce, max_shard_bytes)
-
-
-def _scaling(config: ModelConfig) -> dict[str, Any]:
-    return {"rope_scaling": config.rope_scaling.to_dict()} if config.rope_scaling else {}
 
 
 def _write_hf_weights(

@@ -94,6 +94,11 @@ class ModelConfig(StrictModel):
         scaling = self.rope_scaling.to_dict() if self.rope_scaling else None
         return {**values, "n_kv_heads": self.kv_heads, "rope_scaling": scaling}
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json`."""
+        scaling = {"rope_scaling": self.rope_scaling.to_dict()} if self.rope_scaling else {}
+        return {**self.model_dump(exclude_none=True), **scaling}
+
     def parameter_count(self) -> int:
         """All parameters, embedding and output matrix included."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.kv_heads)

@@ -22,6 +22,7 @@ FLOORS = {
     "aquila.pretrain": 5,
     "aquila.evaluate": 5,
     "aquila.convert": 5,
+    "aquila.average": 5,
     "aquila.plan": 5,
     "aquila.report": 5,
     "data_tools": 5,
