@@ -35,12 +35,18 @@ class RMSNorm(nn.Module):
 class Embedding(nn.Embedding):
     """A row of the table for each token, by the device's way of summing its gradient."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: values come later, and torch's on device "meta" would import its compiler (1 s, 25 MB)."""
+
     def forward(self, tokens: Tensor) -> Tensor:
         return get_backend(self.weight.device.type).embedding(tokens, self.weight)
 
 
 class Linear(nn.Linear):
     """x weight^T, by the device's product."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: values come later."""
 
     def forward(self, x: Tensor) -> Tensor:
         return get_backend(x.device.type).linear(x, self.weight)

@@ -36,7 +36,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100 << 20
 # Values that change dtype or device pass through memory in parts of this size.
-_STAGE_BYTES = 32 << 20
+_STAGE_BYTES = 4 << 20
 
 
 class TensorInfo(NamedTuple):

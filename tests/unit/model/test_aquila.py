@@ -1,6 +1,8 @@
 """The model: names, shapes, document masks, cache, recomputation, compilation."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,3 +202,13 @@ def test_compiled_blocks_compute_the_same_and_do_not_compile_again(small_config,
 def test_the_configuration_goes_through_json(small_config):
     config = small_config()
     assert ModelConfig(**json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_a_model_without_values_imports_no_compiler(root):
+    """torch's own first values on device "meta" would import its compiler: a second at each start."""
+    code = (
+        "import sys; from aquila.config import load_model_config; from aquila.model import AquilaModel\n"
+        f"AquilaModel(load_model_config({str(root / 'checkpoints_in/aquila-tiny')!r}), device='meta')\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
