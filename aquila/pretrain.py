@@ -38,6 +38,7 @@ from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import PRECISIONS, parameter_groups
 from aquila.training.deepspeed.engine import Engine, processes
+from aquila.training.deepspeed.muon import make_muon
 from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH
@@ -114,8 +115,11 @@ def train(
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
     resumption = Resumption(folder, effective, world_size) if folder else None
     model = build_model(effective, backend, device, folder)
-    groups = parameter_groups(model, run.weight_decay)
-    optimizer = backend.optimizer(run.optimizer, groups, run.lr, run.betas, run.eps, run.weight_decay)
+    if run.optimizer == "muon":
+        optimizer = make_muon(model, run, device)
+    else:
+        groups = parameter_groups(model, run.weight_decay)
+        optimizer = backend.optimizer(run.optimizer, groups, run.lr, run.betas, run.eps, run.weight_decay)
     engine = Engine(model, optimizer, effective, world_size)
     engine.unequal = corpora.train.is_masked
     if engine.unequal or len(corpora.train.corpora) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from aquila.config.effective import EffectiveConfig
 from aquila.config.model import load_model_config
+from aquila.core.checkpoints import STATE, read_state
 from aquila.core.errors import UserError
 from aquila.core.variables import LAUNCHED_CONFIG
 
@@ -35,6 +36,7 @@ def check_function(checkpoint: Path, effective: EffectiveConfig) -> list[str]:
 
     Returns a line for each change that `allow_model_changes` allows. Raises `UserError` naming the others.
     """
+    _check_optimizer(checkpoint, effective)
     then, now = load_model_config(checkpoint).function(), effective.model.function()
     changes = {key: f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key]}
     refused = [key for key in changes if key not in effective.run.allow_model_changes]
@@ -46,6 +48,18 @@ def check_function(checkpoint: Path, effective: EffectiveConfig) -> list[str]:
             f"add allow_model_changes=[{', '.join(refused)}]"
         )
     return [f"the model goes on with {change} (allow_model_changes)" for change in changes.values()]
+
+
+def _check_optimizer(checkpoint: Path, effective: EffectiveConfig) -> None:
+    """The moments of AdamW and the momentum of Muon are no exchange for one another."""
+    if not (checkpoint / STATE).is_file():
+        return
+    then, now = read_state(checkpoint).get("optimizer", "auto"), effective.run.optimizer
+    if (then == "muon") != (now == "muon"):
+        raise UserError(
+            f"{checkpoint}: its optimizer state is of optimizer {then}, and the run's is {now}; put it back, "
+            "or begin a new run from the checkpoint's weights"
+        )
 
 
 def check_launched(effective: EffectiveConfig) -> None:

@@ -269,6 +269,7 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
             "gradient_accumulation_steps x devices"
         )
     _check_steering(effective)
+    _check_muon(effective)
     if not (run.save_optim and run.save_rng):
         left_out = " and ".join(
             n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
@@ -294,6 +295,30 @@ def _check_steering(effective: EffectiveConfig) -> None:
             f"wsd_start {run.wsd_start} ({sources['wsd_start']}) is not before step {end}, where the decay "
             "ends; raise train_iters or lr_decay_iters"
         )
+
+
+def _check_muon(effective: EffectiveConfig) -> None:
+    """What Muon goes together with."""
+    run, sources = effective.run, effective.sources
+    if run.optimizer != "muon":
+        for key in ("muon_lr", "muon_momentum"):
+            if sources[key] != "default":
+                raise UserError(f"{key} ({sources[key]}) needs optimizer muon, not {run.optimizer}")
+        return
+    clips = sources["clip_grad"] not in ("default",) and run.clip_grad > 0
+    for wrong, problem in (
+        (run.zero_stage == 3, f"zero_stage 1 or 2, not 3 ({sources['zero_stage']})"),
+        (run.precision == "fp16", f"precision bf16 or fp32, not fp16 ({sources['precision']})"),
+        (
+            run.zero_step == "blockwise",
+            f"DeepSpeed's own step, not zero_step blockwise ({sources['zero_step']})",
+        ),
+        (clips, f"clip_grad 0 ({sources['clip_grad']}): DeepSpeed would clip the orthogonalized updates"),
+        ("offload_optimizer" in effective.deepspeed.get("zero_optimization", {}), "no offload_optimizer"),
+    ):
+        if wrong:
+            raise UserError(f"optimizer muon ({sources['optimizer']}) goes with {problem}")
+    effective.notes.append("optimizer muon: gradients are not clipped, and grad_norm is that of the updates")
 
 
 def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:

@@ -81,7 +81,11 @@ class RunConfig(StrictModel):
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 does not clip."""
     optimizer: str = "auto"
-    """The AdamW implementation; auto takes the device's best."""
+    """The AdamW implementation; auto takes the device's best. muon: Muon for the layers' matrices."""
+    muon_lr: PositiveFloat = 0.02
+    """Peak learning rate of Muon's matrices; it follows the schedule of `lr`."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Momentum of Muon's matrices."""
 
     # Numbers and kernels
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

@@ -212,6 +212,7 @@ class Checkpointer:
             "seed": run.seed,
             "precision": run.precision,
             "zero_stage": run.zero_stage,
+            "optimizer": run.optimizer,
             "launch": launch_id(),
             "version": aquila.__version__,
             "torch": torch.__version__,

@@ -84,3 +84,12 @@ def test_a_step_beside_torchtitan(root, tmp_path):
     losses = {name: facts["first_loss"] for name, facts in result["contenders"].items()}
     assert losses["torchtitan-fp32"] == pytest.approx(losses["transformers-fp32"], rel=1e-6)
     assert losses["torchtitan-amp"] == pytest.approx(losses["ours"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_muon_beside_adamw(root):
+    result = run(root, "benchmarks/muon_curve.py", "--steps", "20", "--rates", "1e-3", "--muon-rates", "2e-2")
+    assert set(result) == {"adamw", "muon"}
+    for runs in result.values():
+        ((_, points),) = runs.items()
+        assert points[-1][1] < points[0][1]

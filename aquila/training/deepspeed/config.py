@@ -23,7 +23,7 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
     config = effective.deepspeed | {
         "train_micro_batch_size_per_gpu": run.batch_size,
         "gradient_accumulation_steps": most,
-        "gradient_clipping": run.clip_grad,
+        "gradient_clipping": 0.0 if run.optimizer == "muon" else run.clip_grad,  # it would clip the updates
         "steps_per_print": 2**31 - 1,  # the console is ours
         "timers": {"throughput": {"enabled": False}},  # so are rates; its timer waits for the device
         "zero_optimization": zero,

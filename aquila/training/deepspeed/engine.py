@@ -192,6 +192,7 @@ class Engine:
         self.model = model
         self.world_size = world_size
         self._stage = effective.run.zero_stage
+        self._is_muon = effective.run.optimizer == "muon"
         self._precision = effective.run.precision
         with _one_zero_optimizer():
             self._engine, *_ = deepspeed.initialize(
@@ -263,7 +264,7 @@ class Engine:
         spike_above: skip the step, on all ranks, when the mean loss is above this.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._accumulate(len(batches))
         scale = self.loss_scale  # of this step; the step itself may change it
         total = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -436,15 +437,20 @@ class Engine:
         The model has the checkpoint's weights already. All ranks together. Raises `UserError`.
         """
         zero = self._engine.optimizer
-        if getattr(zero, "swap_optimizer", False):
-            self._load_swapped(folder)
+        if self._is_muon and (world_size != self.world_size or precision != self._precision):
+            raise UserError(
+                f"{folder}: Muon's state goes on as it was divided, on {world_size} ranks in {precision}; "
+                f"this run has {self.world_size} in {self._precision}"
+            )
+        if self._is_muon or getattr(zero, "swap_optimizer", False):
+            self._load_as_it_is(folder)
             return
         restore(zero, self.model, folder / SHARDS, world_size, PRECISIONS[precision])
         if precision != self._precision:
             refresh_weights(zero)
 
-    def _load_swapped(self, folder: Path) -> None:
-        """What is offloaded to files, by DeepSpeed's hand: on the same ranks alone."""
+    def _load_as_it_is(self, folder: Path) -> None:
+        """Muon's state, or what is offloaded to files, by DeepSpeed's hand: on the same ranks alone."""
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         with safely():
