@@ -302,10 +302,9 @@ def _check_muon(effective: EffectiveConfig) -> None:
     run, sources = effective.run, effective.sources
     if run.optimizer != "muon":
         for key in ("muon_lr", "muon_momentum"):
-            if sources[key] != "default":
+            if getattr(run, key) != RunConfig.model_fields[key].default:
                 raise UserError(f"{key} ({sources[key]}) needs optimizer muon, not {run.optimizer}")
         return
-    clips = sources["clip_grad"] not in ("default",) and run.clip_grad > 0
     for wrong, problem in (
         (run.zero_stage == 3, f"zero_stage 1 or 2, not 3 ({sources['zero_stage']})"),
         (run.precision == "fp16", f"precision bf16 or fp32, not fp16 ({sources['precision']})"),
@@ -313,12 +312,13 @@ def _check_muon(effective: EffectiveConfig) -> None:
             run.zero_step == "blockwise",
             f"DeepSpeed's own step, not zero_step blockwise ({sources['zero_step']})",
         ),
-        (clips, f"clip_grad 0 ({sources['clip_grad']}): DeepSpeed would clip the orthogonalized updates"),
         ("offload_optimizer" in effective.deepspeed.get("zero_optimization", {}), "no offload_optimizer"),
     ):
         if wrong:
             raise UserError(f"optimizer muon ({sources['optimizer']}) goes with {problem}")
-    effective.notes.append("optimizer muon: gradients are not clipped, and grad_norm is that of the updates")
+    effective.notes.append(
+        "optimizer muon: clip_grad is not used (DeepSpeed would clip the updates), and grad_norm is theirs"
+    )
 
 
 def _check_fp8(effective: EffectiveConfig, device: Device | None) -> None:
