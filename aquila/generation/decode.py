@@ -28,6 +28,8 @@ class Sequence:
         # Each sequence draws from its own generator: its neighbours in a batch change nothing.
         self.generator = torch.Generator().manual_seed(self.seed)
         self.finish_reason: str | None = None
+        self.end_token: int | None = None
+        """The token that ended it, which is no part of it."""
 
     @property
     def new_tokens(self) -> list[int]:
@@ -220,7 +222,7 @@ class Decoder:
     def _take(self, sequence: Sequence, token: int) -> int | None:
         """Adds a token to its sequence, unless it is a stop token; sets the reason when it was the last."""
         if token in self.stop_ids:
-            sequence.finish_reason = "stop"
+            sequence.finish_reason, sequence.end_token = "stop", token
         else:
             sequence.tokens.append(token)
             if len(sequence.tokens) - sequence.prompt_length >= sequence.sampling.max_new_tokens:

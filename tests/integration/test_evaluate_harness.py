@@ -55,16 +55,17 @@ def exported(root, model_dir, environment, tmp_path_factory):
     return folder
 
 
-def by_hand(model_dir):
-    """Log probability of every option after [CLS] and its question, by this project's own model."""
+def by_hand(model_dir, framed=True):
+    """Log probability of every option after its question (and [CLS]), by this project's own model."""
     from aquila.model import AquilaModel
     from aquila.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(model_dir), AquilaModel.from_pretrained(model_dir)
     scores = []
     for question, option in ((item["question"], option) for item in ITEMS for option in item["options"]):
-        start = [tokenizer.bos_id, *tokenizer.encode(question)]
-        whole = [tokenizer.bos_id, *tokenizer.encode(question + option)]
+        frame = [tokenizer.bos_id] if framed else []
+        start = [*frame, *tokenizer.encode(question)]
+        whole = [*frame, *tokenizer.encode(question + option)]
         log = torch.log_softmax(model(torch.tensor([whole[:-1]]))[0].double(), -1)
         scores.append(sum(log[at - 1, whole[at]].item() for at in range(len(start), len(whole))))
     return scores
@@ -92,3 +93,33 @@ def test_a_local_task_scores_the_exported_model(model_dir, exported, environment
     right = sum(row.index(max(row)) == item["answer"] for row, item in zip(rows, ITEMS, strict=True))
     accuracy = json.loads(report.read_text())["results"]["aquila_sums"]["acc,none"]
     assert accuracy == pytest.approx(right / len(ITEMS))
+
+
+@pytest.mark.slow
+def test_the_endpoint_scores_as_the_model_does(model_dir, exported, environment, tmp_path, root):
+    """lm-eval's local-completions over HTTP: the same log probabilities, up to rounding."""
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")
+    from tests.integration.test_generate_serve import serving
+
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in ITEMS), encoding="utf-8")
+    (tmp_path / "aquila_sums.yaml").write_text(TASK.format(data=data))
+    with serving(root, model_dir) as port:
+        arguments = (
+            f"model={model_dir.name},base_url=http://127.0.0.1:{port}/v1/completions,tokenizer={exported},"
+            "tokenizer_backend=huggingface,max_length=127"
+        )
+        command = [
+            sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", arguments,
+            "--tasks", "aquila_sums", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
+            "--log_samples",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    scores = [float(reply[0][0]) for line in lines for reply in line["resps"]]
+    assert scores == pytest.approx(by_hand(model_dir, framed=False), abs=1e-3)

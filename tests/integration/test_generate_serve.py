@@ -156,6 +156,38 @@ def test_token_ids_as_prompt(client, name, model_dir):
     assert client.completions.create(model=name, prompt="one plus").usage.completion_tokens <= 16
 
 
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_log_probabilities_of_prompt_and_answer(client, name, model_dir, by_ids):
+    import torch
+
+    from aquila.model import AquilaModel
+    from aquila.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(model_dir), AquilaModel.from_pretrained(model_dir)
+    text = "one plus 三 is"
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    prompt = ids if by_ids else text
+    got = client.completions.create(model=name, prompt=prompt, max_tokens=4, logprobs=3, echo=True).choices[0]
+    new = client.completions.create(model=name, prompt=prompt, max_tokens=4, logprobs=0).choices[0]
+    told, shown = got.logprobs, ids if by_ids else ids[1:]
+    count = len(shown) + len(new.logprobs.tokens)
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == count
+    assert told.tokens[: len(shown)] == [tokenizer.token_bytes(i).decode(errors="replace") for i in shown]
+    logs = model(torch.tensor([ids]))[0].log_softmax(-1)
+    wanted = [logs[at, token].item() for at, token in enumerate(ids[1:])]
+    if by_ids:
+        assert told.token_logprobs[0] is None
+    found = told.token_logprobs[int(by_ids) : len(shown)]
+    assert found == pytest.approx(wanted, abs=1e-4)
+    for place, best in zip(range(len(wanted)), told.top_logprobs[int(by_ids) :], strict=False):
+        assert max(best.values()) == pytest.approx(logs[place].max().item(), abs=1e-4)
+    assert new.logprobs.token_logprobs == pytest.approx(told.token_logprobs[len(shown) :], abs=1e-4)
+    assert new.logprobs.top_logprobs == [{}] * len(new.logprobs.tokens)
+    first = logs[-1].max().item()  # the first new token is the likeliest
+    assert new.logprobs.token_logprobs[0] == pytest.approx(first, abs=1e-4)
+    assert "".join(told.tokens[len(shown) :]).startswith(new.text[:2])
+
+
 def test_sixteen_clients_at_once_get_what_each_gets_alone(client, name):
     prompts = [f"{number} plus {number * 7} is" + " and" * (number % 5) for number in range(16)]
 
@@ -254,8 +286,10 @@ def test_too_many_wait_get_429_and_the_others_their_answer(server, client, name)
         ({"model": "NAME", "prompt": "x", "n": 100}, 400, "send fewer"),
         ({"model": "NAME", "prompt": "x", "stop": [""]}, 400, "stop"),
         ({"model": "NAME", "prompt": "x", "max_token": 5}, 400, "did you mean 'max_tokens'"),
-        ({"model": "NAME", "prompt": "x", "logprobs": 0}, 400, "logprobs is not offered"),
-        ({"model": "NAME", "prompt": "x", "logprobs": 5}, 400, "logprobs is not offered"),
+        ({"model": "NAME", "prompt": "x", "logprobs": -1}, 400, "logprobs: "),
+        ({"model": "NAME", "prompt": "x", "logprobs": 21}, 400, "logprobs: "),
+        ({"model": "NAME", "prompt": "x", "logprobs": True}, 400, "logprobs: "),
+        ({"model": "NAME", "prompt": "x", "logprobs": 1, "stream": True}, 400, "leave out stream"),
         ({"model": "other", "prompt": "x"}, 404, "no model 'other'"),
         ({"model": "NAME", "prompt": "word " * 20_000}, 400, "context holds"),
         ({"model": "NAME", "prompt": "x" * (5 << 20)}, 413, "exceeds"),

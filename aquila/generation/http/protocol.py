@@ -95,7 +95,7 @@ class _Request(BaseModel):
         """Raises `RequestError` for what is not offered."""
         for name in self.not_here:
             value = getattr(self, name)
-            if value or (name == "logprobs" and type(value) is int):  # 0 asks for the tokens' own
+            if value:
                 raise RequestError(f"{name} is not offered here; leave it out", name)
 
     def sampling(self, default: Sampling, choice: int, room: int) -> Sampling:
@@ -119,13 +119,14 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
-    not_here = (*_Request.not_here, "suffix", "logprobs")
+    not_here = (*_Request.not_here, "suffix")
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(union_mode="left_to_right")
     best_of: int | None = None
     echo: bool | None = False
     suffix: str | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """So many of the likeliest tokens at each place, and each token's own; with `echo` of the prompt, too."""
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -141,6 +142,8 @@ class CompletionRequest(_Request):
         super().refuse()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of other than n is not offered here; leave it out", "best_of")
+        if self.logprobs is not None and self.stream:
+            raise RequestError("logprobs come with a whole reply; leave out stream", "logprobs")
         if not self.prompts():
             raise RequestError("prompt is an empty list; give at least one prompt", "prompt")
 
@@ -263,11 +266,14 @@ class Reply:
     def usage_chunk(self, answers: list[Answer]) -> dict[str, Any]:
         return {**self._part([]), "usage": usage(answers)}
 
-    def whole(self, texts: list[str], answers: list[Answer]) -> dict[str, Any]:
+    def whole(
+        self, texts: list[str], answers: list[Answer], logprobs: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """The reply of a request that does not stream."""
+        told = logprobs or [None] * len(answers)
         choices = [
-            self._choice(index, self._body(text), answer.finish_reason)
-            for index, (text, answer) in enumerate(zip(texts, answers, strict=True))
+            {**self._choice(index, self._body(text), answer.finish_reason), "logprobs": logs}
+            for index, (text, answer, logs) in enumerate(zip(texts, answers, told, strict=True))
         ]
         return {**self._head, "object": self.whole_kind, "choices": choices, "usage": usage(answers)}
 

@@ -23,6 +23,7 @@ from aquila.generation.http.protocol import (
     parse,
 )
 from aquila.generation.http.scheduler import BusyError, Job, Scheduler
+from aquila.generation.logprobs import completion_logprobs
 
 try:
     import uvicorn
@@ -36,6 +37,7 @@ except ImportError as error:
 
 
 Asked = CompletionRequest | ChatRequest
+_SCORING = asyncio.Lock()
 _DRAINED = 16
 """Times the limit that is read of a request that is too large."""
 GRACE_SECONDS = 5
@@ -253,6 +255,9 @@ def _answers(asked: Asked, session: Session, scheduler: Scheduler) -> list[Answe
         except UserError as error:
             code = "context_length_exceeded" if len(ids) >= context else None
             raise RequestError(str(error), field, code=code) from None
+        if asked.logprobs is not None and len(ids) + sampling.max_new_tokens > context:
+            message = f"logprobs need prompt and answer within the model's context of {context} tokens"
+            raise RequestError(message, "logprobs", code="context_length_exceeded")
         new = asked.asked_tokens() or 0
         if new > room and not session.sliding:
             raise RequestError(
@@ -291,7 +296,7 @@ async def _respond(
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-    return await _whole(request, asked, answers, pieces, scheduler, job, reply)
+    return await _whole(request, asked, answers, pieces, scheduler, job, reply, session)
 
 
 async def _events(asked, answers, pieces, scheduler, job, reply) -> AsyncIterator[str]:
@@ -316,11 +321,23 @@ async def _events(asked, answers, pieces, scheduler, job, reply) -> AsyncIterato
         scheduler.cancel(job)
 
 
+def _logprobs(asked: CompletionRequest, answers: list[Answer], session: Session) -> list[dict]:
+    """Of each answer, by one pass over prompt and answer; of a text, the token before it is not shown."""
+    loaded, given = session.loaded, asked.prompts()
+    found = []
+    for answer in answers:
+        sequence = answer.sequence
+        tokens = sequence.tokens + ([sequence.end_token] if sequence.end_token is not None else [])
+        first = int(isinstance(given[answer.prompt_number], str)) if asked.echo else sequence.prompt_length
+        found.append(completion_logprobs(loaded.model, loaded.tokenizer, tokens, first, asked.logprobs or 0))
+    return found
+
+
 def _event(content: dict) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-async def _whole(request, asked, answers, pieces, scheduler, job, reply) -> Response:
+async def _whole(request, asked, answers, pieces, scheduler, job, reply, session) -> Response:
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         open_answers = len(answers)
@@ -335,7 +352,11 @@ async def _whole(request, asked, answers, pieces, scheduler, job, reply) -> Resp
                 return JSONResponse(error_content(text, None, "server_error"), 500)
             open_answers -= reason is not None
         texts = [(answer.prompt if asked.echo else "") + answer.text for answer in answers]
-        return JSONResponse(reply.whole(texts, answers))
+        logprobs = None
+        if asked.logprobs is not None and not isinstance(asked, ChatRequest):
+            async with _SCORING:  # beside the answers of others, but one after the other
+                logprobs = await asyncio.to_thread(_logprobs, asked, answers, session)
+        return JSONResponse(reply.whole(texts, answers, logprobs))
     finally:
         gone.cancel()
         scheduler.cancel(job)
