@@ -44,6 +44,7 @@ from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH
 from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
 from aquila.training.export import Exporter
+from aquila.training.lm_evaluation import LmEvaluator
 from aquila.training.lock import lock_run
 from aquila.training.metric_writers import MetricWriter, TensorBoard, WeightsAndBiases
 from aquila.training.metrics import RunLog
@@ -129,7 +130,7 @@ def train(
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     engine.alive = watchdog.alive
     closing.callback(watchdog.close)
-    log, after_save = None, lambda checkpoint: None
+    log, after_saves = None, []
     if rank == 0:
         write_atomically(run_dir / FILE, order_text(corpora.train))
         record_start(run_dir, effective, state, folder, world_size)
@@ -144,8 +145,11 @@ def train(
         closing.callback(log.close)
         closing.callback(log.draw)
         if run.export == "hf":
-            after_save = Exporter(run_dir, run.export_every)
-            closing.callback(after_save.wait, watchdog.alive)
+            after_saves.append(Exporter(run_dir, run.export_every))
+        if run.lm_eval is not None:
+            after_saves.append(LmEvaluator(run_dir, run.lm_eval, log.scored))
+        for line in after_saves:
+            closing.callback(line.wait, watchdog.alive)
     shares = (rank, world_size, run.batch_size)
     batches = Batches(
         corpora.train, state.consumed_samples, *shares, document_mask=run.document_mask, device=device
@@ -166,7 +170,7 @@ def train(
         checkpointer=Checkpointer(
             run_dir, engine, effective, rank, world_size, beside={FILE: order_text(corpora.train)}
         ),
-        after_save=after_save,
+        after_save=lambda checkpoint: [line(checkpoint) for line in after_saves],
         watchdog=watchdog,
         requests=requests,
         log=log,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,8 @@ def load_run_config(
         _resolve_precision(history["precision"], device, notes)
         _resolve_overlap(history["overlap_comm"], device, notes)
     run = validate(RunConfig, {key: settings[-1].value for key, settings in history.items()}, str(path))
-    history = {key: [*s[:-1], Setting(getattr(run, key), s[-1].source)] for key, s in history.items()}
+    values = run.model_dump()
+    history = {key: [*s[:-1], Setting(_sparse(values[key]), s[-1].source)] for key, s in history.items()}
     model_dir = find_model_dir(model_name, root)
     effective = EffectiveConfig(
         run=run,
@@ -138,6 +140,11 @@ def load_run_config(
     if run.fp8:
         _check_fp8(effective, device)
     return effective
+
+
+def _sparse(value: Any) -> Any:
+    """A table without what was left open, as a user would write it."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def find_model_dir(model_name: str, root: Path) -> Path:
@@ -270,6 +277,7 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
         )
     _check_steering(effective)
     _check_muon(effective)
+    _check_lm_eval(effective)
     if not (run.save_optim and run.save_rng):
         left_out = " and ".join(
             n for n, on in (("optimizer", run.save_optim), ("random", run.save_rng)) if not on
@@ -295,6 +303,24 @@ def _check_steering(effective: EffectiveConfig) -> None:
             f"wsd_start {run.wsd_start} ({sources['wsd_start']}) is not before step {end}, where the decay "
             "ends; raise train_iters or lr_decay_iters"
         )
+
+
+def _check_lm_eval(effective: EffectiveConfig) -> None:
+    """Whether the harness is there, and will have a checkpoint when it is due."""
+    run, source = effective.run, effective.sources["lm_eval"]
+    if run.lm_eval is None:
+        return
+    if find_spec("lm_eval") is None or find_spec("transformers") is None:
+        raise UserError(
+            f"lm_eval ({source}) needs packages: pip install lm_eval transformers, or leave it out"
+        )
+    if run.lm_eval.every % run.save_interval:
+        raise UserError(
+            f"lm_eval: every {run.lm_eval.every} ({source}) is no multiple of save_interval "
+            f"{run.save_interval}: there would be no checkpoint to score"
+        )
+    if run.lm_eval.include_path is not None and not Path(run.lm_eval.include_path).is_dir():
+        raise UserError(f"lm_eval: include_path {run.lm_eval.include_path} ({source}) is no folder")
 
 
 def _check_muon(effective: EffectiveConfig) -> None:

@@ -16,6 +16,22 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class LmEval(StrictModel):
+    """`lm_eval`: lm-evaluation-harness over checkpoints, beside the training."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks, of the harness's own or of files in `include_path`."""
+    every: PositiveInt
+    """Steps; a multiple of `save_interval`, for checkpoints are scored."""
+    include_path: str | None = None
+    """Folder of task files; nothing is then asked of the internet."""
+    num_fewshot: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+    """Examples of each task."""
+    device: str = "cpu"
+    """Where the harness computes."""
+
+
 class RunConfig(StrictModel):
     """One training run. Keys of the original recipe keep their names; steps are optimizer steps."""
 
@@ -150,6 +166,8 @@ class RunConfig(StrictModel):
     """Evaluate before the first step as well, unless `eval_interval` is 0."""
     eval_at_end: bool = True
     """Evaluate after the last step as well, unless `eval_interval` is 0."""
+    lm_eval: LmEval | None = None
+    """Scores of lm-evaluation-harness beside training: {tasks: [...], every: N, include_path: DIR}."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb: bool = False

@@ -35,7 +35,7 @@ class Exporter:
             return
         source = self._folder / f".{checkpoint.name}.source"
         try:
-            _link(checkpoint, source)
+            link_checkpoint(checkpoint, source)
         except OSError as error:
             say(f"warning: {checkpoint} is not exported: {error}")
             return
@@ -71,11 +71,11 @@ class Exporter:
         command += ["--input", str(source), "--output", str(partial)]
         with self._log.open("ab") as log:
             return subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_one_thread()
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=one_thread()
             ).returncode
 
 
-def _link(checkpoint: Path, folder: Path) -> None:
+def link_checkpoint(checkpoint: Path, folder: Path) -> None:
     """The model's files of a checkpoint, without the ranks' shares, under a second name."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -87,7 +87,7 @@ def _link(checkpoint: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _one_thread() -> dict[str, str]:
+def one_thread() -> dict[str, str]:
     """The environment of a process of its own, that is no rank and leaves the cores to training."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {

@@ -18,6 +18,8 @@ from aquila.training.metric_writers import MetricWriter
 from aquila.training.state import TrainState
 
 METRICS = "metrics.jsonl"
+SCORES = "lm_eval.jsonl"
+"""Scores of checkpoints, which come when training has gone on: a line for each."""
 
 
 class StepTimer:
@@ -128,8 +130,18 @@ class RunLog:
         self._memory_gib = memory_gib
         self._boards = list(boards)
         forget_after(folder / METRICS, resumed_step)
+        forget_after(folder / SCORES, resumed_step)
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._cut = False
+
+    def scored(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of a checkpoint have come, steps later; from any thread."""
+        record = {"step": step, "lm_eval": scores}
+        with (self._folder / SCORES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+        for board in list(self._boards):
+            with contextlib.suppress(Exception):
+                board.write(_finite(record))
 
     def took(self, result: StepResult) -> None:
         """A step was taken, logged or not."""

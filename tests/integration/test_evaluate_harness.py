@@ -123,3 +123,52 @@ def test_the_endpoint_scores_as_the_model_does(model_dir, exported, environment,
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
     scores = [float(reply[0][0]) for line in lines for reply in line["resps"]]
     assert scores == pytest.approx(by_hand(model_dir, framed=False), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_scored_beside_training(tmp_path, monkeypatch, environment):
+    """The scores of each are those of its weights; what fails costs a warning alone."""
+    from tests.integration.training_runs import make_project, train
+
+    monkeypatch.setenv("HF_HOME", environment["HF_HOME"])
+    project = make_project(tmp_path)
+    data = project / "sums.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in ITEMS), encoding="utf-8")
+    (project / "tasks").mkdir()
+    (project / "tasks" / "aquila_sums.yaml").write_text(TASK.format(data=data))
+    options = ["train_iters=4", "eval_interval=0", "save_interval=2", "keep_checkpoints=1", "precision=fp32"]
+    task = "lm_eval={tasks: [aquila_sums], every: 2, include_path: tasks}"
+    status, output = train(project, "scored", *options, task, ranks=1)
+    assert status == 0, output
+    run = project / "checkpoints_out" / "scored" / "0"
+    records = [json.loads(line) for line in (run / "lm_eval.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4]
+    assert "lm_eval at step 4: aquila_sums/acc" in output
+    expected = by_hand(run / "checkpoints" / "step-00000004")
+    rows = [expected[at : at + 3] for at in range(0, len(expected), 3)]
+    right = sum(row.index(max(row)) == item["answer"] for row, item in zip(rows, ITEMS, strict=True))
+    assert records[1]["lm_eval"]["aquila_sums/acc"] == pytest.approx(right / len(ITEMS))
+    status, output = train(project, "failing", *options, task.replace("[aquila_sums]", "[absent]"), ranks=1)
+    assert status == 0, output
+    assert "warning: step 2 was not scored by lm_eval" in output
+
+
+def test_a_wrong_key_of_lm_eval_ends_before_a_rank_starts(tmp_path, root):
+    from aquila.config import load_run_config
+    from aquila.core.errors import UserError
+
+    (tmp_path / "run.yaml").write_text("save_interval: 10\n")
+    tiny = str(root / "checkpoints_in" / "aquila-tiny")
+    for text, message in (
+        ("{tasks: [a], every: 15}", "no multiple of save_interval 10"),
+        ("{tasks: [], every: 10}", "lm_eval.tasks"),
+        ("{tasks: [a]}", "lm_eval.every"),
+        ("{tasks: [a], evry: 10}", "unknown key 'lm_eval.evry'; did you mean 'every'"),
+        ("{tasks: [a], every: 10, include_path: absent}", "absent .* is no folder"),
+        ("5", "lm_eval"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_run_config(tmp_path / "run.yaml", tiny, [f"lm_eval={text}"], root=tmp_path)
+    good = load_run_config(tmp_path / "run.yaml", tiny, ["lm_eval={tasks: [a], every: 10}"], root=tmp_path)
+    (tmp_path / "again.yaml").write_text(good.to_yaml())
+    assert load_run_config(tmp_path / "again.yaml", tiny, [], root=tmp_path).run == good.run
