@@ -50,6 +50,7 @@ from aquila.training.metric_writers import MetricWriter, TensorBoard, WeightsAnd
 from aquila.training.metrics import RunLog
 from aquila.training.profiler import Profiler
 from aquila.training.resume import Resumption, find_resume, same_samples_per_step
+from aquila.training.run_summary import HISTORY
 from aquila.training.schedule import Schedule, make_schedule
 from aquila.training.signals import Requests
 from aquila.training.state import TrainState
@@ -57,8 +58,6 @@ from aquila.training.trainer import Trainer
 from aquila.training.watchdog import Watchdog
 
 OUTPUT = "checkpoints_out"
-HISTORY = "history.jsonl"
-"""Every start of a run, in its folder."""
 
 
 def parse_arguments() -> argparse.Namespace:

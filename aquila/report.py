@@ -1,8 +1,10 @@
-"""Draws several runs over one another into one PNG and one self-contained HTML page.
+"""Runs side by side: their curves as a PNG, and all numbers as one HTML page that loads nothing, and as JSON.
 
     python -m aquila.report EXP... [--output report]
 
-EXP: experiments under checkpoints_out/ (their newest run), or run folders.
+EXP: experiments under checkpoints_out/ (their newest run), or run folders. The page has every loss, the
+settings that differ, the data read by corpus, restarts and goodput: the share of the time from the first
+start to the last record that was spent in steps that count.
 """
 
 import argparse
@@ -10,16 +12,17 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from aquila.core.errors import UserError, run_command
 from aquila.core.files import write_atomically
-from aquila.training.metrics import METRICS, read_metrics
+from aquila.training.metrics import METRICS
 from aquila.training.plot import draw_runs
+from aquila.training.run_summary import Run, changes, differing, read_run
 
 OUTPUT = "checkpoints_out"
-COLUMNS = ("run", "steps", "tokens", "first loss", "last loss", "best validation loss", "tokens/s", "MFU")
 
 
 def main() -> int:
@@ -29,73 +32,143 @@ def main() -> int:
         "--output", type=Path, default=Path("report"), help="without suffix (default: report)"
     )
     arguments = parser.parse_args()
-    runs = {str(run): records for run, records in map(find_run, arguments.experiments)}
-    png = arguments.output.with_suffix(".png")
-    page = arguments.output.with_suffix(".html")
+    runs = list({run.name: run for run in map(find_run, arguments.experiments)}.values())
+    curves = {run.name: run.records for run in runs}
+    png, page, numbers = (arguments.output.with_suffix(end) for end in (".png", ".html", ".json"))
     png.parent.mkdir(parents=True, exist_ok=True)
-    draw_runs(runs, png)
+    draw_runs(curves, png)
     svg = io.BytesIO()
-    draw_runs(runs, svg, picture="svg")
-    write_atomically(page, render(runs, svg.getvalue()))
-    print(f"{png}\n{page}")
+    draw_runs(curves, svg, picture="svg")
+    summaries = {run.name: run.summary() for run in runs}
+    told = {
+        "runs": summaries,
+        "differing": differing(runs),
+        "changes": {run.name: changes(run) for run in runs},
+    }
+    write_atomically(numbers, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(page, render(runs, summaries, svg.getvalue()))
+    print(f"{png}\n{page}\n{numbers}")
     return 0
 
 
-def find_run(name: str) -> tuple[str, list[dict[str, Any]]]:
-    """Name and records of a run folder, or of an experiment's newest run. Raises `UserError`."""
+def find_run(name: str) -> Run:
+    """The run of a run folder, or an experiment's newest run. Raises `UserError`."""
     for folder in (Path(name), Path(OUTPUT) / name):
         found = [folder / METRICS, *folder.glob(f"*/{METRICS}")]
         files = [path for path in found if path.is_file()]
         if files:
-            newest = max(files, key=lambda path: path.stat().st_mtime)
-            records = read_metrics(newest)
-            if not any(record.get("loss") is not None for record in records):
-                raise UserError(f"{newest} has no logged step yet")
-            return f"{newest.parent.parent.name}/{newest.parent.name}", records
+            newest = max(files, key=lambda path: path.stat().st_mtime).parent
+            return read_run(f"{newest.parent.name}/{newest.name}", newest)
     raise UserError(f"no run {name}: neither a run folder nor an experiment under {OUTPUT}/ with {METRICS}")
 
 
-def summary(records: list[dict[str, Any]]) -> list[str]:
-    """The table's cells after the name."""
-    valid = [record["valid_loss"] for record in records if record.get("valid_loss") is not None]
-    losses = [record["loss"] for record in records if record.get("loss") is not None]
-    rates = sorted(record["tokens_per_second"] for record in records if record.get("tokens_per_second"))
-    mfu = sorted(record["mfu"] for record in records if record.get("mfu"))
-    return [
-        f"{records[-1]['step']:,}",
-        f"{records[-1]['consumed_tokens']:,}",
-        f"{losses[0]:.4f}",
-        f"{losses[-1]:.4f}",
-        f"{min(valid):.4f}" if valid else "-",
-        f"{rates[len(rates) // 2]:,.0f}" if rates else "-",
-        f"{mfu[len(mfu) // 2]:.1%}" if mfu else "-",
+def rows(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The table: a row's name, and its cell for each run."""
+    each = list(summaries.values())
+
+    def row(name: str, form: str, *path: str) -> tuple[str, list[str]]:
+        return name, [_cell(_at(summary, path), form) for summary in each]
+
+    def names(*path: str) -> Iterable[str]:
+        return dict.fromkeys(name for summary in each for name in _at(summary, path) or {})
+
+    table = [
+        row("steps", ",", "steps"),
+        row("tokens", ",", "consumed_tokens"),
+        row("first loss", ".4f", "first_loss"),
+        row("last loss", ".4f", "last_loss"),
     ]
+    table += [row(f"last loss, {name}", ".4f", "train_losses", name) for name in names("train_losses")]
+    table += [
+        row(f"{which} validation loss", ".4f", "valid_loss", which) for which in ("first", "last", "best")
+    ]
+    for name in names("valid_losses"):
+        table += [
+            row(f"{w} validation loss, {name}", ".4f", "valid_losses", name, w)
+            for w in ("first", "last", "best")
+        ]
+    table += [
+        row(f"last bits per byte, {n}", ".4f", "valid_bits_per_byte", n, "last")
+        for n in names("valid_bits_per_byte")
+    ]
+    table += [
+        row(f"lm_eval {name}", ".4f", "lm_eval", "lm_eval", name) for name in names("lm_eval", "lm_eval")
+    ]
+    table += [
+        row(f"samples read, {name}", ",", "consumed_samples", name) for name in names("consumed_samples")
+    ]
+    table += [
+        row("tokens/s", ",.0f", "tokens_per_second"),
+        row("MFU", ".1%", "mfu"),
+        ("restarts", [str(max(0, len(summary["starts"]) - 1)) for summary in each]),
+        row("hours", ".2f", "hours"),
+        row("goodput", ".1%", "goodput"),
+    ]
+    return [(name, cells) for name, cells in table if set(cells) != {"-"}]
 
 
-def render(runs: dict[str, list[dict[str, Any]]], svg: bytes) -> str:
-    """One page with the picture, a table and the data in it; it loads nothing."""
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in [name, *summary(records)]) + "</tr>"
-        for name, records in runs.items()
-    )
-    data = json.dumps(runs).replace("<", "\\u003c")
+def _at(summary: dict[str, Any], path: tuple[str, ...]) -> Any:
+    if path == ("hours",):
+        return None if summary["wall_seconds"] is None else summary["wall_seconds"] / 3600
+    value: Any = summary
+    for key in path:
+        value = (value or {}).get(key)
+    return value
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def render(runs: list[Run], summaries: dict[str, dict[str, Any]], svg: bytes) -> str:
+    """One page with the picture, the tables and the data in it; it loads nothing."""
+    names = [run.name for run in runs]
+    data = json.dumps({run.name: run.records for run in runs}).replace("<", "\\u003c")
+    numbers = json.dumps(summaries, ensure_ascii=False).replace("<", "\\u003c")
+    settings = differing(runs) if len(runs) > 1 else {}
+    changed = [
+        (f"{run.name}, after step {step}", name, then, now)
+        for run in runs
+        for step, name, then, now in changes(run)
+    ]
+    parts = [
+        _table("runs", ["", *names], [[name, *cells] for name, cells in rows(summaries)]),
+        _section(
+            "Settings that differ", _table("settings", ["", *names], [[k, *v] for k, v in settings.items()])
+        ),
+        _section(
+            "Settings that changed in a run", _table("changes", ["", "setting", "before", "after"], changed)
+        ),
+    ]
+    body = parts[0] + (parts[1] if settings else "") + (parts[2] if changed else "")
     picture = base64.b64encode(svg).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Aquila training report</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; overflow-wrap: anywhere; }}
 th:first-child, td:first-child {{ text-align: left; }}
 img {{ width: 100%; }}
 </style></head><body>
 <h1>Training report</h1>
-<table id="runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>
 <img alt="loss, validation loss and throughput by step" src="data:image/svg+xml;base64,{picture}">
+{body}
+<p>Goodput: seconds of the steps that count over the seconds from the first start to the last record.</p>
 <script type="application/json" id="data">{data}</script>
+<script type="application/json" id="numbers">{numbers}</script>
 </body></html>
 """
+
+
+def _section(title: str, table: str) -> str:
+    return f"<h2>{title}</h2>\n{table}"
+
+
+def _table(name: str, head: list[str], lines: Iterable[Iterable[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>\n" for line in lines)
+    return f'<table id="{name}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>\n'
 
 
 if __name__ == "__main__":

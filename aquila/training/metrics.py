@@ -197,6 +197,7 @@ class RunLog:
 
     def _record(self, record: dict[str, Any], scores: Scores | None) -> None:
         record |= scores.record() if scores else {}
+        record["time"] = round(time.time(), 3)
         finite = _finite(record)
         self._write(json.dumps(finite) + "\n")
         for board in list(self._boards):

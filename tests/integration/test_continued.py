@@ -1,5 +1,6 @@
 """Continued pretraining, end to end on the CPU: validation sets, steering, exact records."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -143,6 +144,19 @@ def test_a_steered_run_stops_twice_and_goes_on_exactly(project: Path) -> None:
     history = (project / "checkpoints_out" / "stopped" / "0" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == [0, 4, 8]
     assert weights_hash(project, "steered", 12) == weights_hash(project, "stopped", 12)
+    python(project, "-m", "aquila.report", "steered", "stopped", "--output", "side")
+    told = json.loads((project / "side.json").read_text())
+    runs = {name.split("/")[0]: summary for name, summary in told["runs"].items()}
+    from aquila.data.order import open_order
+
+    with contextlib.chdir(project):
+        stream = open_order("checkpoints_out/stopped/0")
+        read = [stream.locate(k)[0] for k in range(whole[-1]["consumed_samples"])]
+    for run in runs.values():
+        assert run["consumed_samples"] == {name: read.count(name) for name in (first, SECOND)}
+        assert 0 < run["goodput"] < 1
+    assert runs["stopped"]["starts"] == [0, 4, 8]
+    assert told["differing"] == {"exit_interval": ["null", "4"]}
     shown = python(project, "-m", "data_tools.show_batch", "checkpoints_out/steered/0", "--step", "6").stdout
     assert "samples 28 to 35" in shown
     assert SECOND in shown

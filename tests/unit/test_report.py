@@ -85,3 +85,62 @@ def test_an_unknown_run_is_the_users_mistake(tmp_path: Path, root: Path) -> None
     done = subprocess.run(command, cwd=tmp_path, env=_environment(root), capture_output=True, text=True)
     assert done.returncode == 2
     assert "no run nothing" in done.stderr
+
+
+def write_run(folder: Path, name: str, records: list[dict], starts: list[dict]) -> Path:
+    run = folder / "checkpoints_out" / name / "2024010100"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "history.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    return run
+
+
+def test_settings_losses_restarts_and_goodput_side_by_side(tmp_path: Path, root: Path) -> None:
+    step = {"tokens_per_second": 10.0, "step_seconds": 2.0, "learning_rate": 0.1}
+    records = [
+        {"step": 0, "valid_loss": 7.0, "valid_losses": {"code": 6.0}, "time": 1000.0, "consumed_tokens": 0},
+        {"step": 1, "loss": 6.5, **step, "time": 1002.0, "consumed_tokens": 64},
+        {"step": 4, "loss": 5.5, **step, "time": 1010.0, "consumed_tokens": 256,
+         "train_losses": {"a": 5.0, "b": 6.0}},
+        {"step": 5, "skipped": True, "time": 1011.0, "consumed_tokens": 320},
+        {"step": 6, "loss": 5.0, **step, "time": 1040.0, "consumed_tokens": 384, "valid_loss": 5.2,
+         "valid_losses": {"code": 5.9}, "valid_bits_per_byte": {"code": 1.25}},
+    ]  # fmt: skip
+    config = {"lr": 0.1, "data_prefix": ["a"], "resume": "auto"}
+    starts = [
+        {"step": 0, "time": 1000.0, "world_size": 2, "model": "m", "config": config,
+         "model_config": {"dim": 8}},
+        {"step": 4, "time": 1020.0, "world_size": 4, "model": "m", "config": {**config, "lr": 0.2},
+         "model_config": {"dim": 8}},
+    ]  # fmt: skip
+    run = write_run(tmp_path, "one", records, starts)
+    (run / "lm_eval.jsonl").write_text('{"step": 4, "lm_eval": {"sums/acc": 0.75}}\n')
+    write_run(tmp_path, "two", records[1:3], [{**starts[0], "config": {**config, "data_prefix": ["<b>"]}}])
+    command = [sys.executable, "-m", "aquila.report", "one", "two", "--output", "report"]
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(root), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "report.json").read_text())
+    one = told["runs"]["one/2024010100"]
+    assert one["valid_losses"]["code"] == {"first": 6.0, "last": 5.9, "best": 5.9}
+    assert one["valid_loss"] == {"first": 7.0, "last": 5.2, "best": 5.2}
+    assert one["train_losses"] == {"a": 5.0, "b": 6.0}
+    assert one["lm_eval"]["lm_eval"] == {"sums/acc": 0.75}
+    assert one["starts"] == [0, 4]
+    assert one["step_seconds"] == 2 * (1 + 3 + 1)  # not the skipped one
+    assert one["goodput"] == pytest.approx(10 / 40)
+    assert told["differing"] == {
+        "lr": ["0.2", "0.1"],
+        "data_prefix": ['["a"]', '["<b>"]'],
+        "devices": ["4", "2"],
+    }
+    assert told["changes"]["one/2024010100"] == [[4, "lr", "0.1", "0.2"], [4, "devices", "2", "4"]]
+    page = (tmp_path / "report.html").read_text()
+    for text in (
+        "Settings that differ",
+        "last validation loss, code",
+        "25.0%",
+        "[&quot;&lt;b&gt;&quot;]",
+        "0.7500",
+    ):
+        assert text in page
+    assert json.loads(re.search(r'id="numbers">(.*?)</script>', page).group(1)) == told["runs"]

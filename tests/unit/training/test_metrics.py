@@ -12,7 +12,7 @@ from aquila.training.state import TrainState
 KEYS = [
     "step", "loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second",
     "tokens_per_second_per_device", "mfu", "step_seconds", "memory_gib", "consumed_samples",
-    "consumed_tokens", "epoch", "total_steps",
+    "consumed_tokens", "epoch", "total_steps", "time",
 ]  # fmt: skip
 
 
