@@ -13,7 +13,6 @@ RANGES = {
     "torch": ">=2.6",
     "torch_npu": ">=2.6",
     "deepspeed": ">=0.19.8,<0.20",
-    "megatron-core": ">=0.16.1,<0.17",
 }
 
 

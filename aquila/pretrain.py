@@ -109,7 +109,14 @@ def train(
     run = effective.run
     on_first_rank(lambda: prepare(run_dir, effective))
     later = [prefix for _, blend in run.blends for prefix in parse_blend(blend)[0]]
-    corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, later=later)
+    corpora = open_corpora(
+        run.data_prefix,
+        run.split,
+        effective.seq_length,
+        run.seed,
+        later=later,
+        ids=effective.model.vocab_size,
+    )
     held_out = open_held_out(effective, corpora)
     schedule = make_schedule(run, corpora.train.samples_per_epoch, world_size)
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
@@ -126,6 +133,7 @@ def train(
         engine.tell_apart = len(corpora.train.corpora)
     state = resumption.load(engine, rank) if resumption else TrainState()
     lines = follow_blends(run, corpora.train, schedule, state, order_files(run_dir, folder))
+    lines += corpora.train.open_orders(state.consumed_samples)
     watchdog = Watchdog(run_dir / "logs", rank, world_size, run.hang_timeout)
     engine.alive = watchdog.alive
     closing.callback(watchdog.close)

@@ -1,12 +1,12 @@
 """Builds the order of a run's data ahead of training, into PREFIX.order/ beside each dataset.
 
-Every node without a shared disk may do this by itself: the order follows from data, split, sequence
-length and seed alone. Training finds and maps it; without it, each rank builds it in memory.
+Training does this by itself, once a node, when it begins and before each epoch ends; done ahead of it, the
+first step of a large corpus comes sooner. Each node without a shared disk has an order of its own, which is
+the same: it follows from data, split, sequence length and seed alone.
 """
 
 import argparse
 import time
-from pathlib import Path
 
 from aquila.config import load_run_config, parse_blend
 from aquila.core.errors import UserError, run_command
@@ -31,11 +31,6 @@ def main() -> int:
     run = effective.run
     from aquila.data.indexed import open_corpora
 
-    for prefix in run.datasets:
-        try:
-            Path(f"{prefix}.order").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{prefix}.order cannot be made: {error.strerror}") from None
     later = [prefix for _, blend in run.blends for prefix in parse_blend(blend)[0]]
     corpora = open_corpora(run.data_prefix, run.split, effective.seq_length, run.seed, later=later)
     for name, stream in (("training", corpora.train), ("validation", corpora.valid)):
@@ -44,7 +39,7 @@ def main() -> int:
                 started = time.monotonic()
                 corpus.epoch_order(epoch)
                 if not corpus.is_stored(epoch):
-                    raise UserError(f"{corpus.prefix}.order: the order could not be written there")
+                    raise UserError("; ".join(corpus.notes) or f"{corpus.prefix}: no order was stored")
                 print(
                     f"{corpus.prefix}: {name}, epoch {epoch}: {corpus.samples_per_epoch:,} samples of "
                     f"{effective.seq_length} tokens, {time.monotonic() - started:.2f} s"

@@ -133,6 +133,7 @@ class Batches:
                 samples = micro_batch_indices(consumed, rank, world_size, micro_batch_size)
                 batch = make_batch(self._stream, samples, self._document_mask)
                 self._hand_over(batch if self._device.type == "cpu" else _pinned(batch))
+                self._stream.prepare_next(samples.start)
                 consumed += world_size * micro_batch_size
         except BaseException as error:
             self._hand_over(error)

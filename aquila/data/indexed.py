@@ -1,4 +1,4 @@
-"""Corpora through Megatron-core: documents, samples, and an order that nothing but the data decides.
+"""Corpora as samples, in an order that nothing but the data decides.
 
 Sample k depends on corpus, seed and sequence length alone. Each epoch of a corpus has its own document
 order, sample index and shuffle, drawn from (seed, epoch); epoch 0 is Megatron's own order of one epoch.
@@ -7,15 +7,10 @@ order, sample index and shuffle, drawn from (seed, epoch); epoch 0 is Megatron's
 
 import contextlib
 import hashlib
-import logging
 import os
-import shutil
-import sys
-import warnings
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,55 +20,11 @@ from aquila.config import parse_blend
 from aquila.config.run import parse_split
 from aquila.core.errors import UserError
 from aquila.data.blend import Blend, Segment
-from aquila.data.indexfile import bin_path, read_index
+from aquila.data.documents import Documents
+from aquila.data.epoch_order import Cut, EpochOrder, Store, build, check_limits, in_memory
+from aquila.data.indexfile import read_index
 from aquila.data.loss_mask import check_mask, mask_prefix
 from aquila.data.meta import read_meta
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Megatron's import warns of Transformer Engine and Apex, which reading data does not need."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _light_package() -> Iterator[None]:
-    """Megatron's modules without what `megatron.core` itself imports, layers and torch's compiler: seconds.
-
-    Whoever later asks the package for one of its own names gets the whole of it.
-    """
-    import megatron
-
-    spec = PathFinder.find_spec("megatron.core", megatron.__path__)
-    if spec is None or spec.loader is None or "megatron.core" in sys.modules:
-        yield
-        return
-    package, loader = module_from_spec(spec), spec.loader
-
-    def whole(name: str) -> Any:
-        vars(package).pop("__getattr__", None)
-        loader.exec_module(package)
-        return getattr(package, name)
-
-    sys.modules["megatron.core"] = megatron.core = package
-    yield
-    vars(package)["__getattr__"] = whole
-
-
-with _quietly(), _light_package():
-    # First: `megatron.core.utils` and this import one another, and only this order works.
-    import megatron.core.parallel_state  # noqa: F401
-    from megatron.core.datasets import helpers
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-_MADV_POPULATE_READ = 22
 
 _KEPT_EPOCHS = 2
 """Order of this many epochs of a corpus stays in memory: at its end a batch may span two."""
@@ -105,68 +56,10 @@ class Provenance(NamedTuple):
     """Token of the first document at which the sample begins."""
 
 
-class EpochOrder(NamedTuple):
-    """How one pass over a corpus is cut into samples."""
-
-    documents: np.ndarray
-    """int32 (documents,): the order in which documents follow one another."""
-    starts: np.ndarray
-    """int32 or int64 (samples + 1, 2): place in `documents` and token offset at which samples begin."""
-    shuffle: np.ndarray
-    """uint32 (samples,): the order of the samples."""
-
-
-class _PositionedReader:
-    """Reads tokens by `pread`, in place of Megatron's memory map.
-
-    A random read through a map faults in page after page, each with read-ahead around it, and a larger
-    corpus has fewer of them in memory; one positioned read fetches exactly what a sample needs.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def read(self, dtype: type, count: int, offset: int) -> np.ndarray:
-        """`count` numbers of `dtype` from byte `offset` on."""
-        size = int(count) * np.dtype(dtype).itemsize
-        data = os.pread(self._file, size, int(offset))
-        if len(data) != size:
-            raise OSError(
-                f"read {len(data)} of {size} bytes at {offset}: the .bin file was cut off meanwhile"
-            )
-        return np.frombuffer(data, dtype=dtype)
-
-    def __del__(self) -> None:
-        try:  # noqa: SIM105 - at the very end of a process contextlib may be gone
-            os.close(self._file)
-        except (AttributeError, OSError):
-            pass
-
-
-def _map_at_once(array: Any) -> None:
-    """Enters a mapped file's pages into this process's page table in one call (Linux 5.14).
-
-    Else each first touch costs a fault of its own, and a larger corpus has more places to touch first.
-    """
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        array._mmap.madvise(_MADV_POPULATE_READ)
-
-
-def open_dataset(prefix: str | Path) -> IndexedDataset:
-    """Megatron's `IndexedDataset` over checked files. Raises `UserError` for damaged ones."""
-    read_index(prefix)
-    dataset = IndexedDataset(str(prefix), mmap=False)
-    dataset.bin_reader = _PositionedReader(bin_path(prefix))
-    _map_at_once(dataset.index.bin_buffer_mmap)
-    return dataset
-
-
-def open_mask(prefix: str | Path) -> IndexedDataset | None:
+def open_mask(prefix: str | Path) -> Documents | None:
     """The loss mask of a dataset, None where there is none. Raises `UserError` for one that does not fit."""
     fits = check_mask(prefix, read_index(prefix), read_meta(prefix))
-    return open_dataset(mask_prefix(prefix)) if fits else None
+    return Documents(mask_prefix(prefix)) if fits else None
 
 
 class Corpus:
@@ -174,29 +67,39 @@ class Corpus:
 
     def __init__(
         self,
-        dataset: IndexedDataset,
-        prefix: str,
+        source: Documents,
         documents: range,
         seq_length: int,
         seed: int,
-        cache_dir: Path | None = None,
-        mask: IndexedDataset | None = None,
+        stores: Sequence[Store] = (),
+        ids: int | None = None,
+        mask: Documents | None = None,
     ) -> None:
-        """`mask`: the loss mask, a dataset of the same documents."""
-        self.prefix = prefix
-        self.dataset = dataset
-        self.mask = mask
-        self._documents = documents
-        self._seq_length = seq_length
-        self._seed = seed
-        self._cache_dir = cache_dir
-        self._lengths = dataset.index.sequence_lengths
-        self.tokens = int(self._lengths[documents.start : documents.stop].sum(dtype=np.int64))
-        self.samples_per_epoch = max(0, self.tokens - 1) // seq_length
+        """stores: where the orders of its epochs may be kept, the best first. ids: all are below this.
+        mask: the loss mask, a dataset of the same documents.
+        """
+        self.prefix = source.prefix
+        self.source, self.mask = source, mask
+        tokens = source.tokens_before(documents.stop) - source.tokens_before(documents.start)
+        self._cut = Cut(source.index.lengths, documents, tokens, seq_length, seed)
+        check_limits(self._cut, self.prefix)
+        self._stores, self._ids = stores, ids
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._ahead: tuple[int, threading.Thread] | None = None
+        self.notes: list[str] = []
+        """What the user should know of where orders are kept."""
+
+    @property
+    def tokens(self) -> int:
+        """Of its documents."""
+        return self._cut.tokens
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self._cut.samples
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index` >= 0, in epoch `index // samples_per_epoch`."""
+        """Sample `index` >= 0, in epoch `index // samples_per_epoch`. Raises `UserError` for damaged data."""
         epoch, place = divmod(index, self.samples_per_epoch)
         order = self.epoch_order(epoch)
         cut = int(order.shuffle[place])
@@ -206,84 +109,71 @@ class Corpus:
             document = int(order.documents[at])
             start = offset if at == first else 0
             # Samples share one token: the last label of one is the first input of the next.
-            stop = end + 1 if at == last else int(self._lengths[document])
-            parts.append(self.dataset.get(document, offset=start, length=stop - start))
+            stop = end + 1 if at == last else None
+            parts.append(self.source.read(document, start, stop))
             if self.mask is not None:
-                marks.append(self.mask.get(document, offset=start, length=stop - start))
+                marks.append(self.mask.read(document, start, stop))
             ids.append(document)
         tokens = np.concatenate(parts, dtype=np.int64)
-        assert len(tokens) == self._seq_length + 1
+        assert len(tokens) == self._cut.seq_length + 1
         numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        if self._ids is not None and not 0 <= tokens.min() <= tokens.max() < self._ids:
+            wrong = int(np.flatnonzero((tokens < 0) | (tokens >= self._ids))[0])
+            raise UserError(
+                f"{self.prefix}.bin: document {ids[numbers[wrong]]:,} holds id {tokens[wrong]}, and the "
+                f"model's vocabulary has {self._ids}: the file is damaged or was replaced"
+            )
         found = Provenance(self.prefix, epoch, index, tuple(ids), offset)
         return Sample(tokens, numbers, found, np.concatenate(marks) if marks else None)
 
     def epoch_order(self, epoch: int) -> EpochOrder:
-        """Order of one epoch: from memory, from the cache folder, or built."""
+        """Order of one epoch: from memory, stored, or built (and stored where that is possible)."""
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
-        order = self._load(epoch)
-        if order is None:
-            order = self._build(epoch)
-            self._store(epoch, order)
+        order = self._stored(epoch)
         self._epochs[epoch] = order
         if len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
         return order
 
-    def _build(self, epoch: int) -> EpochOrder:
-        # Frozen: every draw from `random` and their order, for runs in flight resume by them. Guarded by
-        # tests/unit/data/. RandomState's streams are frozen by NumPy's compatibility promise (NEP 19).
-        random = np.random.RandomState(self._seed if epoch == 0 else [self._seed, epoch])
-        documents = np.arange(self._documents.start, self._documents.stop, dtype=np.int32)
-        random.shuffle(documents)
-        lengths = np.array(self._lengths)  # in memory: the builder visits them in random order
-        starts = helpers.build_sample_idx(lengths, documents, self._seq_length, 1, self.tokens)
-        kind = np.uint32 if self.samples_per_epoch < np.iinfo(np.uint32).max - 1 else np.int64
-        shuffle = np.arange(self.samples_per_epoch, dtype=kind)
-        random.shuffle(shuffle)
-        return EpochOrder(documents, starts, shuffle)
+    def _stored(self, epoch: int) -> EpochOrder:
+        if self._ahead is not None and self._ahead[0] == epoch:
+            self._ahead[1].join()
+        for store in self._stores:
+            if (order := store.get(self._cut, epoch, self.source.index_file)) is not None:
+                return order
+            self._note(f"the order of its samples is not kept in {store.reason}")
+        if self._stores:
+            self._note("each rank builds the order of its samples by itself, in its own memory")
+        return build(self._cut, epoch, in_memory)
 
-    def _cache_folder(self, epoch: int) -> Path | None:
-        if self._cache_dir is None:
-            return None
-        content = hashlib.blake2b(digest_size=12)
-        lengths = self._lengths[self._documents.start : self._documents.stop]
-        content.update(np.ascontiguousarray(lengths))
-        key = ("order-1", self._documents.start, self._seq_length, self._seed, epoch)
-        content.update(repr(key).encode())
-        return self._cache_dir / content.hexdigest()
+    def _note(self, text: str) -> None:
+        if (line := f"dataset {self.prefix}: {text}") not in self.notes:
+            self.notes.append(line)
 
-    def _load(self, epoch: int) -> EpochOrder | None:
-        folder = self._cache_folder(epoch)
-        if folder is None or not folder.is_dir():
-            return None
-        order = EpochOrder(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in EpochOrder._fields))
-        for array in order:
-            _map_at_once(array)
-        return order
-
-    def _store(self, epoch: int, order: EpochOrder) -> None:
-        """Any number of processes may store at once: the first to rename its folder wins.
-
-        A folder that cannot be written to only means that the order stays in memory.
-        """
-        folder = self._cache_folder(epoch)
-        if folder is None:
+    def prepare_next(self, index: int) -> None:
+        """Once half of an epoch is read, lets a thread store the order of the next one."""
+        epoch, place = divmod(index, self.samples_per_epoch)
+        begun = self._ahead is not None and self._ahead[0] == epoch + 1
+        if 2 * place < self.samples_per_epoch or begun or not self._stores or epoch + 1 in self._epochs:
             return
-        unfinished = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-        try:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            for name, array in order._asdict().items():
-                np.save(unfinished / f"{name}.npy", array)
-            os.rename(unfinished, folder)
-        except OSError:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        thread = threading.Thread(target=self._prepare, args=(epoch + 1,), name="next epoch", daemon=True)
+        thread.start()
+        self._ahead = (epoch + 1, thread)
+
+    def _prepare(self, epoch: int) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # what computes goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with contextlib.suppress(UserError):  # comes again, to be seen, when the epoch begins
+            for store in self._stores:
+                if store.get(self._cut, epoch, self.source.index_file) is not None:
+                    return
 
     def is_stored(self, epoch: int) -> bool:
-        """Whether the cache folder holds the order of `epoch`."""
-        folder = self._cache_folder(epoch)
-        return folder is not None and folder.is_dir()
+        """Whether a store holds the order of `epoch`."""
+        paths = (store.path(self._cut, epoch, self.source.index_file) for store in self._stores)
+        return any(path.is_dir() for path in paths)
 
 
 class SampleStream:
@@ -325,6 +215,24 @@ class SampleStream:
         prefix, index = self.locate(k)
         return self._by_prefix[prefix][index]
 
+    def open_orders(self, k: int) -> list[str]:
+        """Opens, or builds, the orders in which the corpora are read from sample `k` on; returns `notes`."""
+        for prefix, given in self.consumed(k).items():
+            if prefix in self.segments[-1].weights:
+                corpus = self._by_prefix[prefix]
+                corpus.epoch_order(given // corpus.samples_per_epoch)
+        return self.notes
+
+    def prepare_next(self, k: int) -> None:
+        """Lets the order of the next epoch of the corpus of sample `k` be stored ahead of its beginning."""
+        prefix, index = self.locate(k)
+        self._by_prefix[prefix].prepare_next(index)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of where the orders read so far are kept."""
+        return [note for corpus in self.corpora for note in corpus.notes]
+
     def locate(self, k: int) -> tuple[str, int]:
         """(path of the corpus, sample of that corpus) that sample `k` of the stream is."""
         segment = next(s for s in reversed(self.segments) if s.start <= k)
@@ -343,7 +251,7 @@ class SampleStream:
 
     def _blend(self, segment: Segment) -> Blend:
         if segment.start not in self._blends:
-            self._blends[segment.start] = Blend(list(segment.weights.values()), _build_blend)
+            self._blends[segment.start] = Blend(list(segment.weights.values()))
         return self._blends[segment.start]
 
     def shares(self, prefixes: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
@@ -369,10 +277,11 @@ class SampleStream:
         self._blends = {}
 
 
-def _build_blend(weights: np.ndarray, samples: int) -> np.ndarray:
-    which, unused = np.empty(samples, np.int16), np.empty(samples, np.int64)
-    helpers.build_blending_indices(which, unused, weights, len(weights), samples, False)
-    return which
+def default_stores(prefix: str) -> list[Store]:
+    """Beside the dataset; else in the user's cache folder, by the dataset's whole path."""
+    name = hashlib.blake2b(os.path.realpath(prefix).encode(), digest_size=8).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [Store(Path(f"{prefix}.order")), Store(cache / "aquila" / "order" / name)]
 
 
 class Corpora(NamedTuple):
@@ -390,12 +299,14 @@ def open_corpora(
     seed: int,
     cache_dir: str | Path | None = None,
     later: Sequence[str] = (),
+    ids: int | None = None,
 ) -> Corpora:
     """Opens the datasets of a run.
 
     `data_prefix`: paths, or weights and paths in turn. `split`: shares of documents for training and
-    validation, in the order of the file. `cache_dir`: where the order of epochs is kept; without it,
-    in `PREFIX.order/` where that folder exists (`data_tools.build_index` makes it), else in memory.
+    validation, in the order of the file. `cache_dir`: where the order of epochs is kept; without it in
+    `PREFIX.order/`, else in the user's cache folder, else in memory. `ids`: a sample with an id of this or
+    above, or below 0, is refused.
     `later`: datasets that the training stream takes up later; the validation stream does not have them.
     Raises `UserError` for missing or damaged files and for a training split below one sample.
     """
@@ -406,19 +317,18 @@ def open_corpora(
     train, valid, valid_weights = [], [], []
     others = [prefix for prefix in later if prefix not in prefixes]
     for i, prefix in enumerate([*prefixes, *others]):
-        dataset, mask = open_dataset(prefix), open_mask(prefix)
-        count = len(dataset.index)
+        source, mask = Documents(prefix), open_mask(prefix)
+        count = len(source)
         first, second = (round(share * float(count)) for share in (shares[0], shares[0] + shares[1]))
-        cache = Path(cache_dir) if cache_dir else Path(f"{prefix}.order")
-        keep = cache if cache_dir or cache.is_dir() else None
-        corpus = Corpus(dataset, prefix, range(0, first), seq_length, seed, keep, mask)
+        stores = [Store(Path(cache_dir))] if cache_dir else default_stores(prefix)
+        corpus = Corpus(source, range(0, first), seq_length, seed, stores, ids, mask)
         if corpus.samples_per_epoch == 0:
             raise UserError(
                 f"dataset {prefix}: its training split ({split}: {first} of {count} documents,"
                 f" {corpus.tokens} tokens) holds no sample of {seq_length + 1}; use a shorter seq_length"
             )
         train.append(corpus)
-        rest = Corpus(dataset, prefix, range(first, second), seq_length, seed, keep, mask)
+        rest = Corpus(source, range(first, second), seq_length, seed, stores, ids, mask)
         if rest.samples_per_epoch and i < len(prefixes):
             valid.append(rest)
             valid_weights.append(weights[i] if weights else 0.0)

@@ -73,7 +73,10 @@ def read_index(prefix: str | Path) -> Index:
             f"{path}: {size} bytes, but its header announces {sequences} sequences and "
             f"{document_entries} document entries, {expected} bytes; the file is damaged, make it again"
         )
-    raw = np.memmap(path, mode="r")
+    try:
+        raw: np.ndarray = np.memmap(path, mode="r")
+    except OSError:  # a file system that maps no files
+        raw = np.fromfile(path, np.uint8)
     at = [HEADER.size, HEADER.size + 4 * sequences, HEADER.size + 12 * sequences, expected]
     dtypes = ("<i4", "<i8", "<i8")
     arrays = [raw[a:b].view(kind) for a, b, kind in zip(at[:-1], at[1:], dtypes, strict=True)]

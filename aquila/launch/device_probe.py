@@ -32,7 +32,7 @@ try:
 except UserError as error:
     unsupported = str(error)
 versions = {"Python": platform.python_version()}
-for package in ("torch", "torch_npu", "deepspeed", "megatron-core", "numpy"):
+for package in ("torch", "torch_npu", "deepspeed", "numpy"):
     try:
         versions[package] = version(package)
     except PackageNotFoundError:

@@ -198,8 +198,7 @@ def test_a_wheelhouse_installs_without_any_network(tmp_path: Path) -> None:
     done = bash(project, "scripts/install.sh", "cpu", "--dev", "--wheelhouse", "wheels", prefix=isolated)
     assert done.returncode == 0, done.stderr
     imports = (
-        "import torch, deepspeed, megatron.core, fastapi, zstandard, pytest; "
-        "print(torch.__version__, torch.version.cuda)"
+        "import torch, deepspeed, fastapi, zstandard, pytest; print(torch.__version__, torch.version.cuda)"
     )
     python = project / ".venv" / "bin" / "python"
     told = subprocess.run([python, "-c", imports], text=True, capture_output=True, timeout=120)

@@ -34,7 +34,6 @@ EVERYONES = {"aquila.core", "aquila.config"}
 """Rooms of the ground floor that any room may use."""
 DOORS = {
     "deepspeed": "aquila/training/deepspeed/",
-    "megatron": "aquila/data/indexed.py",
 }
 """A library -> the only file or folder that may import it."""
 NO_TORCH = (
@@ -45,7 +44,7 @@ NO_TORCH = (
     "aquila/preflight/",
     "aquila/planning/",
 )
-TORCH = {"torch", "deepspeed", "megatron", "transformers"}
+TORCH = {"torch", "deepspeed", "transformers"}
 
 
 def room_of(module: str) -> str | None:
@@ -131,7 +130,6 @@ def test_every_room_has_a_floor(root: Path) -> None:
         ("aquila/training/trainer.py", "import aquila.launch.hostfile", "beside it"),
         ("aquila/backend/cpu.py", "import aquila.model", "a floor above"),
         ("aquila/training/trainer.py", "import deepspeed", "only aquila/training/deepspeed/"),
-        ("aquila/data/sampler.py", "from megatron.core import datasets", "only aquila/data/indexed.py"),
         ("aquila/launch/nodes.py", "import torch", "without torch"),
         ("aquila/planning/memory.py", "import torch", "without torch"),
         ("aquila/launch/agent.py", "from aquila.preflight import local", "a floor above"),

@@ -109,6 +109,7 @@ def test_an_error_of_the_reading_thread_comes_out(stream):
             raise OSError("disk gone")
 
         place_of = stream.place_of
+        prepare_next = stream.prepare_next
 
     batches = Batches(Broken(), 0, 0, 1, 2)
     next(batches)
