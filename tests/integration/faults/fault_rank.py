@@ -40,8 +40,8 @@ def struck() -> bool:
     return due() or (HERE and KIND.endswith("-always") and _state["step"] > int(STEP))
 
 
-def loss(module: torch.nn.Module, batch: object) -> torch.Tensor:
-    value = _loss(module, batch)
+def loss(module: torch.nn.Module, batch: object, *rest: object) -> torch.Tensor:
+    value = _loss(module, batch, *rest)
     if not (module.training and struck()):
         return value
     if KIND.startswith("grad"):
