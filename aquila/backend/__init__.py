@@ -4,14 +4,16 @@
 device has. Every module offers:
 
 - `embedding(tokens, weight)`, `attention(q, k, v, *, kind, documents, start, block)`,
-  `rms_norm(x, weight, eps)`, `rotary(x, cos, sin)`, `swiglu(gate, up)`, `linear(x, weight)`,
+  `rms_norm(x, weight, eps)`, `rotary(x, cos, sin)`, `swiglu(gate, up)`, `swiglu_halves(gate_up)`,
+  `linear(x, weight)`,
   `cross_entropy_(logits, labels, scale, z_loss, gradient)`,
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
-- `step_linear(x, weight, scale)`, the product of a generation step's few rows, and `prepare_weight(weight)`;
+- `step_linear(x, weight, scale)`, the product of few rows, and `prepare_weight(weight)`;
   `step_attention(qkv, kv, rows)`, its attention over the cache;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
   `OVERLAP_COMM` whether gradients are reduced during backward by default,
+  `TAKES_PARTS` whether operators take a part of a tensor's last dimension without a copy of it,
   `KEPT` how operators keep activations (fields of `planning.memory.Setup`),
   `DETERMINISTIC` the variables of `make_deterministic()`, after which results are the same bit for bit,
   `ENVIRONMENT_DEFAULTS` what `set_device` sets in the environment where the user has not;

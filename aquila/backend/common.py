@@ -44,15 +44,17 @@ def attention(
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: int) -> Tensor:
     """torch's fused attention; a mask is built only where "causal" alone does not say it."""
     queries = q.shape[1]
-    mask = None
+    mask, causal = None, False
     if documents is not None or (start > 0 and queries > 1):
         mask = reference.visible(queries, start, documents, q.device)[:, None]
+    elif queries > 1:  # a branch, not the comparison's value: while tracing that is a symbol, and no bool
+        causal = True
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and queries > 1,
+        is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)

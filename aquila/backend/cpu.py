@@ -29,6 +29,7 @@ COMMUNICATION = "gloo"
 COMPILE_BLOCKS = False
 LOGITS_BYTES = reference.LOGITS_BYTES
 OVERLAP_COMM = True
+TAKES_PARTS = True
 KEPT = {"one_pass": 1, "statistics": 4}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {}
 # Large tensors in huge pages: torch takes fresh memory for each, and faulting in 200 MB of logits 4096 bytes
@@ -45,7 +46,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 attention_kind = common.fused_or_same
 step_linear = gemv.linear
 prepare_weight = gemv.huge_pages
-linear = amx_linear.linear
 add_weight_gradient = amx_linear.add
 whole_cross_entropy = amx_linear_cross_entropy.cross_entropy
 square_sum = fused_ops.square_sum
@@ -101,6 +101,22 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`, in one pass."""
     y = fused_ops.swiglu(gate, up)
     return reference.swiglu(gate, up) if y is None else y
+
+
+def swiglu_halves(gate_up: Tensor) -> Tensor:
+    """As `reference.swiglu_halves`, in one pass."""
+    y = fused_ops.swiglu_halves(gate_up)
+    return reference.swiglu_halves(gate_up) if y is None else y
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `reference.linear`; a generation step's rows, x (n, K), as `step_linear`.
+
+    A prompt, x (B, S, K), is no step however short: its results are the same in any batch.
+    """
+    if x.dim() == 2 and not torch.is_grad_enabled():
+        return gemv.linear(x, weight)
+    return amx_linear.linear(x, weight)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True
 LOGITS_BYTES = {2: 1 << 30, 4: 1 << 30, 8: 1 << 30}
 OVERLAP_COMM = True
+TAKES_PARTS = True
 SQUARES = 1024  # summed in fp32
 KEPT = {"one_pass": 0, "statistics": 4, "logits_bytes": LOGITS_BYTES[2]}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8")}
@@ -39,6 +40,7 @@ prepare_weight = reference.prepare_weight
 rotary = reference.rotary
 step_linear = reference.step_linear
 swiglu = reference.swiglu
+swiglu_halves = reference.swiglu_halves
 whole_cross_entropy = reference.whole_cross_entropy
 
 # Dense peak in TFLOP/s by the vendor's data sheets: (fp16 and bf16, fp32). The longest name that fits wins.

@@ -29,6 +29,7 @@ LOGITS_BYTES = reference.LOGITS_BYTES
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
+TAKES_PARTS = False
 KEPT = {"one_pass": 1, "statistics": 64}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {
     "HCCL_DETERMINISTIC": ("true", "strict"),
@@ -360,7 +361,12 @@ def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.swiglu`; the kernel takes both halves as one tensor."""
-    return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), -1)
+    return swiglu_halves(torch.cat((gate, up), dim=-1))
+
+
+def swiglu_halves(gate_up: Tensor) -> Tensor:
+    """As `reference.swiglu_halves`."""
+    return torch.ops.npu.npu_swiglu(gate_up, -1)
 
 
 def cross_entropy_(

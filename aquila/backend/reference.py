@@ -138,6 +138,7 @@ LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
 """Bytes of a chunk of logits, by bytes of a number. Half precision gets more, because fewer chunks mean fewer
 roundings of its weight gradient."""
 OVERLAP_COMM = True
+TAKES_PARTS = True
 KEPT = {"one_pass": 0, "statistics": 4}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 
@@ -170,6 +171,11 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
     return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_halves(gate_up: Tensor) -> Tensor:
+    """`swiglu` of the two halves of the last dimension: (..., 2 F) to (..., F)."""
+    return swiglu(*gate_up.chunk(2, dim=-1))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ stay as they are. Embedding and norms keep their dtype. `python -m aquila.evalua
 rounding costs on a validation set.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquila.backend import get_backend
 from aquila.model import AquilaModel
+from aquila.model.linear import put_side_by_side
 
 _FEW_ROWS = 16
 
@@ -25,6 +28,21 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(1).float().clamp_min(1e-30) / 127
         self.register_buffer("scale", scale)
         self.register_buffer("int8", (weight.float() / scale[:, None]).round_().to(torch.int8))
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return len(self.scale)
+
+    @classmethod
+    def join(cls, parts: Sequence["Int8Linear"]) -> "Int8Linear":
+        """One layer that gives the outputs of `parts` side by side, on the same memory."""
+        whole = cls.__new__(cls)
+        nn.Module.__init__(whole)
+        whole.dtype = parts[0].dtype
+        for name in ("scale", "int8"):
+            whole.register_buffer(name, put_side_by_side([getattr(part, name) for part in parts]))
+        return whole
 
     @property
     def weight(self) -> Tensor:

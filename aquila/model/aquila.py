@@ -8,14 +8,17 @@ the parameter names of the released weights (`layers.0.attention.wq.weight`, ...
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from aquila.backend import ATTENTION_KINDS, get_backend
+from aquila.backend.reference import StepRows
 from aquila.config import ModelConfig
 from aquila.model.cache import KVCache
+from aquila.model.linear import JoinedProducts, Linear
 from aquila.model.loss import cross_entropy
 from aquila.model.rotary import RotaryTables, positions_in_documents
 
@@ -42,22 +45,14 @@ class Embedding(nn.Embedding):
         return get_backend(self.weight.device.type).embedding(tokens, self.weight)
 
 
-class Linear(nn.Linear):
-    """x weight^T, by the device's product."""
-
-    def reset_parameters(self) -> None:
-        """Nothing: values come later."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return get_backend(x.device.type).linear(x, self.weight)
-
-
 def _linear(inputs: int, outputs: int) -> Linear:
     return Linear(inputs, outputs, bias=False, device="meta")
 
 
-class Attention(nn.Module):
+class Attention(JoinedProducts):
     """Causal attention with H query heads over K key and value heads."""
+
+    JOINED = ("wq", "wk", "wv")
 
     def __init__(self, config: ModelConfig, kind: str):
         super().__init__()
@@ -79,10 +74,10 @@ class Attention(nn.Module):
         cache: tuple[KVCache, int] | None,  # the cache and this layer's number in it
     ) -> Tensor:  # (B, S, dim)
         backend = get_backend(x.device.type)
-        heads = (-1, self.head_dim)
-        q = backend.rotary(self.wq(x).unflatten(-1, heads), cos, sin)  # (B, S, H, D)
-        k = backend.rotary(self.wk(x).unflatten(-1, heads), cos, sin)  # (B, S, K, D)
-        v = self.wv(x).unflatten(-1, heads)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.outputs(x))
+        q = backend.rotary(q, cos, sin)  # (B, S, H, D)
+        k = backend.rotary(k, cos, sin)  # (B, S, K, D)
+        v = v.contiguous()  # kept for backward, and not the joined output with it
         start = 0
         if cache is not None:
             store, layer = cache
@@ -92,9 +87,17 @@ class Attention(nn.Module):
         out = backend.attention(q, k, v, kind=kind, documents=documents, start=start)  # (B, S, H, D)
         return self.wo(out.flatten(-2))
 
+    def step(self, x: Tensor, kv: Tensor, rows: StepRows) -> Tensor:
+        """x (n, dim), one new token a row; kv, rows: of `step_attention`. Returns (n, dim)."""
+        qkv = self.products(x).view(len(x), -1, self.head_dim)  # (n, H + 2 K, D)
+        return self.wo(get_backend(x.device.type).step_attention(qkv, kv, rows))
 
-class FeedForward(nn.Module):
+
+class FeedForward(JoinedProducts):
     """w2(silu(w1 x) * w3 x)."""
+
+    JOINED = ("w1", "w3")
+    TAKEN_APART = False
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -103,7 +106,10 @@ class FeedForward(nn.Module):
         self.w3 = _linear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(get_backend(x.device.type).swiglu(self.w1(x), self.w3(x)))
+        backend = get_backend(x.device.type)
+        if self.whole is None:
+            return self.w2(backend.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(backend.swiglu_halves(self.products(x)))
 
 
 class Block(nn.Module):
@@ -124,7 +130,14 @@ class Block(nn.Module):
         documents: Tensor | None = None,
         cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:  # all as in Attention
-        x = x + self.attention(self.attention_norm(x), cos, sin, documents, cache)
+        return self._layer(x, self.attention, cos, sin, documents, cache)
+
+    def step(self, x: Tensor, kv: Tensor, rows: StepRows) -> Tensor:  # all as in Attention.step
+        """The layer for one new token a row."""
+        return self._layer(x, self.attention.step, kv, rows)
+
+    def _layer(self, x: Tensor, attention: Callable[..., Tensor], *rest: Any) -> Tensor:
+        x = x + attention(self.attention_norm(x), *rest)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -115,17 +115,21 @@ void gated(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_
 }
 
 template <class T>
-void gated_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < count; first += CHUNK) {
-        const int64_t last = std::min(count, first + CHUNK);
+void gated_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t rows, int64_t width,
+                    int64_t step, int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t first = 0; first < width; first += CHUNK) {
+            const T *g_row = gate + r * step, *u_row = up + r * step, *from = dy + r * width;
+            T *to_gate = dgate + r * step, *to_up = dup + r * step;
+            const int64_t last = std::min(width, first + CHUNK);
 #pragma omp simd
-        for (int64_t i = first; i < last; i++) {
-            const float g = gate[i], s = sigmoid(g), dy_i = dy[i];
-            store(dup + i, dy_i * g * s);
-            store(dgate + i, dy_i * float(up[i]) * s * (1.0f + g * (1.0f - s)));
+            for (int64_t i = first; i < last; i++) {
+                const float g = g_row[i], s = sigmoid(g), dy_i = from[i];
+                store(to_up + i, dy_i * g * s);
+                store(to_gate + i, dy_i * float(u_row[i]) * s * (1.0f + g * (1.0f - s)));
+            }
         }
-    }
 }
 
 struct Pair {
@@ -232,8 +236,8 @@ void adamw(T* weights, float* master, const T* gradient, float* first, float* se
         gated((const T*)gate, (const T*)up, (T*)y, rows, width, step, threads);                                     \
     }                                                                                                               \
     extern "C" void gated_backward_##NAME(const void* gate, const void* up, const void* dy, void* dgate, void* dup, \
-                                          int64_t count, int threads) {                                             \
-        gated_backward((const T*)gate, (const T*)up, (const T*)dy, (T*)dgate, (T*)dup, count, threads);             \
+                                          int64_t rows, int64_t width, int64_t step, int threads) {                 \
+        gated_backward((const T*)gate, (const T*)up, (const T*)dy, (T*)dgate, (T*)dup, rows, width, step, threads); \
     }                                                                                                               \
     extern "C" void rotary_##NAME(const void* x, const float* c, const float* s, void* y, int64_t batch,            \
                                   int64_t positions, int64_t heads, int64_t half, int64_t batch_step,               \

@@ -31,7 +31,7 @@ _ARGUMENTS = {
     "norm": "pppp ii f",
     "norm_backward": "pppppp ii",
     "gated": "ppp iii",
-    "gated_backward": "ppppp i",
+    "gated_backward": "ppppp iii",
     "rotary": "pppp iiiii f",
     "table": "pppp iii",
     "squares": "pp i",
@@ -124,35 +124,64 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
     """As `reference.swiglu`, or None; for backward it keeps its inputs alone."""
     if not _taken(gate, up):
         return None
+    gate, up = gate.contiguous(), up.contiguous()
     return _Gated.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
 
 
+def swiglu_halves(gate_up: Tensor) -> Tensor | None:
+    """As `reference.swiglu_halves`, or None; for backward it keeps its input alone."""
+    if not _taken(gate_up):
+        return None
+    gate_up = gate_up.contiguous()
+    return _GatedHalves.apply(gate_up) if torch.is_grad_enabled() else _gated(*gate_up.chunk(2, -1))
+
+
+def _rows(gate: Tensor) -> tuple[int, int, int]:
+    """Rows, their width, and how far apart they begin, of a tensor or of one half of its last dimension."""
+    if gate.is_contiguous():
+        return 1, gate.numel(), 0
+    width = gate.shape[-1]
+    return gate.numel() // width, width, gate.stride(-2)
+
+
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    rows, width, step = 1, gate.numel(), 0
-    if gate.dim() == 2 and gate.stride() == up.stride() and gate.stride(1) == 1:  # halves of one matrix
-        (rows, width), step = gate.shape, gate.stride(0)
-    else:
-        gate, up = gate.contiguous(), up.contiguous()
     y = gate.new_empty(gate.shape)
-    _call("gated", gate, gate, up, y, rows, width, step)
+    _call("gated", gate, gate, up, y, *_rows(gate))
     return y
+
+
+def _gated_backward(gate: Tensor, up: Tensor, grad_output: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    _call("gated_backward", gate, gate, up, grad_output.contiguous(), dgate, dup, *_rows(gate))
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = _gated(gate, up)
         ctx.save_for_backward(gate, up)
-        return y
+        return _gated(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _call("gated_backward", gate, gate, up, grad_output.contiguous(), dgate, dup, gate.numel())
+        _gated_backward(gate, up, grad_output, dgate, dup)
         return dgate, dup
+
+
+class _GatedHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _gated(*gate_up.chunk(2, -1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gradient = torch.empty_like(gate_up)
+        _gated_backward(*gate_up.chunk(2, -1), grad_output, *gradient.chunk(2, -1))
+        return gradient
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 
 from aquila.config import EffectiveConfig
 from aquila.config.run import batch_sizes
+from aquila.model.linear import in_stored_order
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,10 +47,13 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors (norms) without, as in the original recipe."""
+    """Matrices with weight decay, vectors (norms) without, as in the original recipe.
+
+    ZeRO puts each group into one buffer in this order, so that products can be joined.
+    """
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in in_stored_order(model):
         # Divided by ZeRO-3 it is flat, and its own shape stands beside it.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from aquila.config import EffectiveConfig
 from aquila.core.errors import UserError
 from aquila.model.files import TensorInfo
+from aquila.model.linear import join_products
 from aquila.training.deepspeed.checkpoint_engine import InMemoryCheckpointEngine, Snapshot, to_host
 from aquila.training.deepspeed.config import PRECISIONS, deepspeed_config
 from aquila.training.deepspeed.optimizer_state import refresh_weights, restore
@@ -198,6 +199,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        join_products(model)  # ZeRO has moved the weights into its buffers
         self.tell_apart = 0
         """Corpora whose losses are summed on their own, and whose tokens that count are told."""
         self.unequal = False
