@@ -14,7 +14,7 @@ import torch
 from aquila.config import load_model_config
 from aquila.model import AquilaModel
 from aquila.model.weights import save_weights
-from tests.integration.launch_helpers import environment
+from tests.integration.launch_helpers import ROOT, environment
 from tests.integration.training_runs import MODEL, make_project, metrics
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def runs(project) -> str:
     every = ("zero_stage=3", "save_interval=2", "replica_check_interval=1")
     jobs = [
         job(4, "two", "zero_stage=2", "save_interval=2"),
-        job(4, "three", *every),
+        job(4, "three", *every, "export=hf", "export_every=2"),
         job(4, "again", *every, f"resume={checkpoint('three', 2)}"),
         job(2, "fewer", *every, f"resume={checkpoint('three', 2)}"),
         job(4, "build", "zero_stage=3", model="large", memory=True),
@@ -84,6 +84,7 @@ def runs(project) -> str:
         ),
     ]
     statuses, printed = run(project, jobs)
+    assert "its logits verified" in printed
     assert statuses == [[0] * job["ranks"] for job in jobs], printed
     return printed
 
@@ -106,6 +107,52 @@ def test_weights_are_written_by_several_ranks_and_read_by_all(project, runs):
     assert set(index["weight_map"]) == {name for name, _ in sharded.named_parameters()}
     for one, other in zip(sharded.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+def tool(project: Path, *words: str) -> str:
+    """What a command of the project prints."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=project,
+        env=environment(project) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_tool_reads_what_several_ranks_wrote(project, runs):
+    """As it reads the single file of ZeRO-2, whose weights are the same within 1e-6."""
+    found = []
+    for experiment in ("three", "two"):
+        folder = checkpoint(experiment, 4)
+        prompt = ("--prompt", "the", "--max-new-tokens", "8", "--temperature", "0", "--json")
+        answer = json.loads(tool(project, str(ROOT / "generate.py"), "--model-dir", folder, *prompt))
+        report = json.loads(
+            tool(project, "-m", "aquila.evaluate", "--model-dir", folder, "--data", "demo.jsonl", "--json")
+        )
+        found.append((answer, report["loss"]))
+    (answer, loss), (other, other_loss) = found
+    assert answer["text"] == other["text"]
+    assert answer["text"]
+    assert loss == pytest.approx(other_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["aquila", "hf", "gguf"])
+def test_it_is_converted(project, runs, form):
+    """The copies hold the checkpoint's numbers; the run's own export is the same."""
+    output = f"checkpoints_in/copy-{form}" + (".gguf" if form == "gguf" else "")
+    words = ("--input", checkpoint("three", 4), "--output", output, "--to", form)
+    tool(project, "-m", "aquila.convert", *words, *(() if form == "gguf" else ("--verify",)))
+    if form == "gguf":
+        assert (project / output).read_bytes()[:4] == b"GGUF"
+        return
+    source = dict(AquilaModel.from_pretrained(project / checkpoint("three", 4)).named_parameters())
+    for folder in [output] + (["checkpoints_out/three/0/exports/step-00000004-hf"] if form == "hf" else []):
+        copy = AquilaModel.from_pretrained(project / folder)
+        assert all(torch.equal(source[name], parameter) for name, parameter in copy.named_parameters())
 
 
 def test_no_rank_holds_the_model_while_it_is_built_or_loaded(runs):
