@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aquila.config.deepspeed_values import typed
+from aquila.config.deepspeed_zero import OBJECTS, inner_keys, refusals
 from aquila.config.strict import nearest
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json
@@ -36,15 +37,6 @@ _PASSED_ON = {
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "data_types", "checkpoint", "aio", "sparse_gradients", "seq_parallel_communication_data_type",
     "timers", "disable_python_gc", "log_level",
-}  # fmt: skip
-_ZERO = {
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "overlap_comm", "elastic_checkpoint", "offload_param", "offload_optimizer",
-    "sub_group_size", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",
-    "use_multi_rank_bucket_allreduce", "round_robin_gradients", "ignore_unused_parameters",
-    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "zero_hpz_partition_size",
-    "zero_quantized_weights", "zero_quantized_gradients", "memory_efficient_linear", "load_from_fp32_weights",
 }  # fmt: skip
 _FP16 = {
     "enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale",
@@ -79,9 +71,13 @@ class DeepSpeedFile:
         self._collect(data)
 
     def _check_keys(self, data: dict[str, Any]) -> None:
+        zero = data.get("zero_optimization", {})
+        if problems := refusals(zero):
+            raise UserError(f"{self.path}: " + "\n  ".join(problems))
         for where, found, known in (
             ("", data, _KNOWN),
-            ("zero_optimization.", data.get("zero_optimization", {}), _ZERO),
+            ("zero_optimization.", zero, inner_keys("")),
+            *((f"zero_optimization.{key}.", zero.get(key, {}), inner_keys(key)) for key in OBJECTS),
             ("fp16.", data.get("fp16", {}), _FP16),
             ("bf16.", data.get("bf16", {}), {"enabled", "immediate_grad_update", "check_grad_overflow"}),
             ("optimizer.", data.get("optimizer", {}), {"type", "params"}),

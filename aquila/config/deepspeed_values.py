@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from aquila.config import deepspeed_zero
 from aquila.core.errors import UserError
 
 _BOOLS = {
@@ -18,41 +19,32 @@ _BOOLS = {
     "fp16.enabled", "fp16.auto_cast", "fp16.fp16_master_weights_and_grads", "fp16.consecutive_hysteresis",
     "bf16.enabled", "bf16.immediate_grad_update", "bf16.check_grad_overflow",
     "optimizer.params.adam_w_mode", "optimizer.params.torch_adam", "optimizer.params.bias_correction",
-    *(f"zero_optimization.{key}" for key in (
-        "contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm",
-        "elastic_checkpoint",
-        "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "use_multi_rank_bucket_allreduce",
-        "round_robin_gradients", "ignore_unused_parameters", "stage3_gather_16bit_weights_on_model_save",
-        "zero_quantized_weights", "zero_quantized_gradients", "memory_efficient_linear",
-        "load_from_fp32_weights",
-    )),
+    *(f"zero_optimization.{key}" for key in deepspeed_zero.BOOLS),
 }  # fmt: skip
 _COUNTS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print",
-    "fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis", "zero_optimization.stage",
-    *(f"zero_optimization.{key}" for key in (
-        "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-        "zero_hpz_partition_size",
-    )),
+    "fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.hysteresis",
+    *(f"zero_optimization.{key}" for key in deepspeed_zero.COUNTS),
 }  # fmt: skip
 _NUMBERS = {
     "gradient_clipping", "gradient_predivide_factor", "fp16.loss_scale", "fp16.min_loss_scale",
     "optimizer.params.lr", "optimizer.params.weight_decay", "optimizer.params.eps",
 }  # fmt: skip
-_TEXTS = {
+_TEXTS: dict[str, set[str] | None] = {
     "communication_data_type": {"fp16", "bf16", "fp32"},
     "seq_parallel_communication_data_type": {"fp16", "bf16", "fp32"},
     "log_level": {"debug", "info", "warning", "error", "critical"},
     "optimizer.type": None,
     "scheduler.type": None,
+    **{f"zero_optimization.{key}": known for key, known in deepspeed_zero.TEXTS.items()},
 }
 """The texts that a key takes; None: any, and it is looked at elsewhere."""
 _OBJECTS = {
     "zero_optimization", "optimizer", "optimizer.params", "scheduler", "fp16", "bf16", "timers",
-    "activation_checkpointing", "zero_optimization.offload_param", "zero_optimization.offload_optimizer",
-    "comms_logger", "flops_profiler", "data_types", "checkpoint", "aio",
+    "activation_checkpointing", "comms_logger", "flops_profiler", "data_types", "checkpoint", "aio",
+    *(f"zero_optimization.{key}" for key in deepspeed_zero.OBJECTS),
 }  # fmt: skip
+_LISTS = {f"zero_optimization.{key}" for key in deepspeed_zero.LISTS}
 _LARGEST_POWER = 64
 _LOOKS_LIKE_A_VALUE = re.compile(r"\s*(true|false|yes|no|on|off|none|null|[-+]?[\d._]+(e[-+]?\d+)?)\s*", re.I)
 
@@ -95,6 +87,9 @@ def _problem(key: str, value: Any) -> str | None:
     if key in _OBJECTS:
         example = ', such as {"device": "cpu"}' if ".offload_" in key else ""
         return None if isinstance(value, dict) else f"must be a JSON object{example} (got {shown})"
+    if key in _LISTS:
+        fine = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return None if fine else f"must be a list of texts (got {shown})"
     if isinstance(value, str):
         return _text_problem(key, value, shown)
     if isinstance(value, list) and key not in _BOOLS | _COUNTS | _NUMBERS | _TEXTS.keys():

@@ -10,6 +10,7 @@ import yaml
 
 from aquila.config import show
 from aquila.config.deepspeed import DeepSpeedFile
+from aquila.config.deepspeed_zero import check_zero
 from aquila.config.model import ModelConfig, load_model_config
 from aquila.config.run import RunConfig, as_blend, find_config
 from aquila.config.strict import nearest, parse_yaml, read_yaml, validate
@@ -137,6 +138,8 @@ def load_run_config(
         deepspeed_path=json_path,
     )
     _cross_check(effective, json_file)
+    zero = effective.deepspeed.get("zero_optimization", {})
+    effective.notes.extend(check_zero(zero, run.zero_stage, device.type if device else None))
     if run.fp8:
         _check_fp8(effective, device)
     return effective

@@ -87,6 +87,13 @@ except UserError as error:
 print("\\nAQUILA-PROBE " + json.dumps(answer))
 """
 
+_ASYNC_IO = """
+import json
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+print("\\nAQUILA-PROBE " + json.dumps({"usable": bool(AsyncIOBuilder().is_compatible())}))
+"""
+
 
 @lru_cache(maxsize=1)
 def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
@@ -144,6 +151,11 @@ def probe_weights(model_dir: Path, timeout: float = 120.0) -> int:
     if "problem" in found:
         raise UserError(found["problem"])
     return found["parameters"]
+
+
+def probe_async_io(timeout: float = 120.0) -> bool:
+    """Whether DeepSpeed can build what offload to nvme needs: libaio with its header, and a compiler."""
+    return _ask(_ASYNC_IO, timeout, "asking DeepSpeed for async_io")["usable"]
 
 
 def _ask(code: str, timeout: float, what: str, *words: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from aquila.config import Device, EffectiveConfig, load_run_config
 from aquila.config.compare import check_function
+from aquila.config.deepspeed_zero import check_groups
 from aquila.config.run import batch_sizes
 from aquila.core.checkpoints import FOLDER, STATE, list_checkpoints
 from aquila.core.errors import UserError
@@ -20,6 +21,7 @@ from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.node_probe import existing_parent
 from aquila.launch.nodes import find_this_node
 from aquila.planning.memory import GIB, estimate, setup_of
+from aquila.preflight.nvme import check_nvme, nvme_folders
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 
@@ -109,6 +111,8 @@ def check_run(
             checked.run("memory", lambda: _memory(checked))
         if local:
             checked.run("disk space", lambda: _room(checked.config, root))
+        if checked.nodes and (folders := _nvme(checked)):
+            checked.run("offload to nvme", lambda: check_nvme(folders))
     return checked
 
 
@@ -148,7 +152,10 @@ def _configuration(
         )
     checked.merged = load_run_config(config, model, overrides, device=device, root=root)
     if checked.nodes:
-        batch_sizes(checked.config.run, sum(node.slots for node in checked.nodes))
+        slots = sum(node.slots for node in checked.nodes)
+        batch_sizes(checked.config.run, slots)
+        zero = checked.config.deepspeed.get("zero_optimization", {})
+        check_groups(zero, checked.config.run.zero_stage, slots)
     return f"{checked.config.config_path}; {len(checked.config.notes)} note(s)"
 
 
@@ -173,6 +180,12 @@ def _memory(checked: PreflightReport) -> str:
     if needed.peak > 0.9 * share:
         raise CheckWarning(f"{text}: close")
     return text
+
+
+def _nvme(checked: PreflightReport) -> dict[Path, float]:
+    """What this node, or the one with the most slots, keeps in files."""
+    slots = [node.slots for node in checked.nodes]
+    return nvme_folders(checked.config, sum(slots), checked.here.slots if checked.here else max(slots))
 
 
 def checkpoint_bytes(config: EffectiveConfig) -> int:

@@ -10,18 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from aquila.config import load_model_config
 from aquila.model import AquilaModel
 from aquila.model.weights import save_weights
 from tests.integration.launch_helpers import ROOT, environment
-from tests.integration.training_runs import MODEL, make_project, metrics
+from tests.integration.training_runs import MODEL, RUN, make_project, metrics
 
 pytestmark = pytest.mark.slow
 
 RANKS = Path(__file__).parent / "forked_ranks.py"
 LARGE = MODEL | {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 64}
 """Of 400 MiB in fp32: what a rank holds besides tensors is little beside that."""
+
+HPZ = {
+    "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0,
+    "stage3_allgather_sequential": True, "leaf_module": {"classes": ["Block"]},
+}  # fmt: skip
 
 
 def job(ranks: int, experiment: str, *overrides: str, model: str = "small", **more) -> dict:
@@ -63,7 +69,15 @@ def project(tmp_path_factory) -> Path:
     shutil.copytree(large, project / "checkpoints_in" / "torch")
     (project / "checkpoints_in" / "torch" / "model.safetensors").unlink()
     torch.save(model.state_dict(), project / "checkpoints_in" / "torch" / "pytorch_model.bin")
+    (project / "hpz.json").write_text(json.dumps({"zero_optimization": HPZ}))
+    (project / "hpz.yaml").write_text(yaml.safe_dump(RUN | {"deepspeed_config": "hpz.json"}))
     return project
+
+
+def hierarchical(made: dict) -> dict:
+    """With weights divided a second time, among each two ranks, and as many fetched as can be."""
+    made["args"][0] = "hpz.yaml"
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +89,8 @@ def runs(project) -> str:
         job(4, "three", *every, "export=hf", "export_every=2"),
         job(4, "again", *every, f"resume={checkpoint('three', 2)}"),
         job(2, "fewer", *every, f"resume={checkpoint('three', 2)}"),
+        hierarchical(job(4, "hierarchical", *every, "eval_interval=2")),
+        job(2, "flat", *every, f"resume={checkpoint('hierarchical', 2)}"),
         job(4, "build", "zero_stage=3", model="large", memory=True),
         *(
             job(
@@ -91,7 +107,7 @@ def runs(project) -> str:
 
 def test_training_and_resuming_are_those_of_zero_2(project, runs):
     two = metrics(project, "two")
-    for experiment in ("three", "again", "fewer"):
+    for experiment in ("three", "again", "fewer", "hierarchical", "flat"):
         records = metrics(project, experiment)
         for one, other in zip(two[-len(records) :], records, strict=True):
             assert one["step"] == other["step"]

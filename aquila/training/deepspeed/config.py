@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from aquila.config import EffectiveConfig
+from aquila.config.deepspeed_zero import check_groups
 from aquila.config.run import batch_sizes
 from aquila.model.linear import in_stored_order
 
@@ -18,6 +19,7 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
     most = max(samples for _, samples in batch_sizes(run, world_size)) // (run.batch_size * world_size)
     zero: dict[str, Any] = {"contiguous_gradients": True, "reduce_scatter": True}
     zero |= effective.deepspeed.get("zero_optimization", {})
+    check_groups(zero, run.zero_stage, world_size)
     # Where nothing is sent, DeepSpeed would only wait for the device in each micro step.
     overlap = run.overlap_comm is not False and (world_size > 1 or run.zero_stage == 3)
     zero |= {"stage": run.zero_stage, "overlap_comm": overlap}

@@ -439,20 +439,30 @@ class Engine:
         The model has the checkpoint's weights already. All ranks together. Raises `UserError`.
         """
         zero = self._engine.optimizer
-        if self._is_muon and (world_size != self.world_size or precision != self._precision):
-            raise UserError(
-                f"{folder}: Muon's state goes on as it was divided, on {world_size} ranks in {precision}; "
-                f"this run has {self.world_size} in {self._precision}"
-            )
-        if self._is_muon or getattr(zero, "swap_optimizer", False):
+        if whose := self._rigid_state():
+            if world_size != self.world_size or precision != self._precision:
+                raise UserError(
+                    f"{folder}: {whose} goes on as it was divided, on {world_size} ranks in {precision}; "
+                    f"this run has {self.world_size} in {self._precision}"
+                )
             self._load_as_it_is(folder)
             return
         restore(zero, self.model, folder / SHARDS, world_size, PRECISIONS[precision])
         if precision != self._precision:
             refresh_weights(zero)
 
+    def _rigid_state(self) -> str | None:
+        """Optimizer state that cannot be divided anew, by name."""
+        zero = self._engine.optimizer
+        if self._is_muon:
+            return "Muon's state"
+        if getattr(zero, "swap_optimizer", False):
+            return "state that is offloaded to files"
+        # Its checkpoints name the places that parameters would have without it.
+        return "the state of round_robin_gradients" if getattr(zero, "round_robin_gradients", False) else None
+
     def _load_as_it_is(self, folder: Path) -> None:
-        """Muon's state, or what is offloaded to files, by DeepSpeed's hand: on the same ranks alone."""
+        """Rigid state, by DeepSpeed's hand: on the same ranks alone."""
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         with safely():

@@ -108,7 +108,7 @@ def _read_master(state: SavedState, part: Part, saved: torch.dtype, shards: Path
         if not torch.equal(weight, values.to(saved).to(weight.device, weight.dtype)):
             raise UserError(
                 f"{shards}: the master weights of {part.name} are not those of the weights beside them: "
-                "they belong to another run or layout; use another checkpoint"
+                "they belong to another run, or were saved with round_robin_gradients; use another checkpoint"
             )
         place.narrow(0, done, len(values)).copy_(values)
 

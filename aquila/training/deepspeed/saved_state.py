@@ -79,12 +79,8 @@ class SavedState:
         try:
             for rank in range(world_size):
                 file = _only(shards, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-                content = _header(file)
-                state, config = content["optimizer_state_dict"], content["ds_config"]["zero_optimization"]
-                owners = int(config.get("mics_shard_size", -1))
-                owners = owners if owners > 0 else world_size
-                if rank < owners:  # the others hold the same once more
-                    self._add(state, file, rank, owners, shapes)
+                state = _header(file)["optimizer_state_dict"]
+                self._add(state, file, rank, world_size, shapes)
                 if rank == 0:
                     self.loss_scaler = state["loss_scaler"]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -95,11 +91,11 @@ class SavedState:
         self._check(shapes)
 
     def _add(
-        self, state: dict[str, Any], file: Path, rank: int, owners: int, shapes: dict[str, torch.Size]
+        self, state: dict[str, Any], file: Path, rank: int, ranks: int, shapes: dict[str, torch.Size]
     ) -> None:
         """The fragments of one rank."""
         if "fp32_flat_groups" in state:
-            places = _of_zero_3(state, rank, owners, _parameter_order(self._where), shapes)
+            places = _of_zero_3(state, rank, ranks, _parameter_order(self._where), shapes)
             masters, base = state["fp32_flat_groups"], state["optimizer_state_dict"]
         else:
             places = _of_zero_2(state)
@@ -147,14 +143,14 @@ def _of_zero_2(state: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _of_zero_3(
-    state: dict[str, Any], rank: int, owners: int, order: list[list[str]], shapes: dict[str, torch.Size]
+    state: dict[str, Any], rank: int, ranks: int, order: list[list[str]], shapes: dict[str, torch.Size]
 ) -> Iterator[tuple[str, int, int, int]]:
     """The same under ZeRO-3: the parts of a group's parameters, in tensors that hold whole parts each."""
     sizes = [flat.numel() for flat in state["fp32_flat_groups"]]
     group, start = 0, 0
     for name in (name for names in order for name in names):
         whole = shapes[name].numel()
-        part = -(-whole // owners)
+        part = -(-whole // ranks)
         while start + part > sizes[group]:
             group, start = group + 1, 0
         yield name, group, start, max(0, min(part, whole - rank * part))

@@ -55,13 +55,13 @@ def write_zero_2(folder: Path, ranks: int, *, started: bool = True) -> None:
             "base_optimizer_state": state_of(flats, started=started),
             "single_partition_of_fp32_groups": [flat[MASTER] for flat in flats],
         }
-        save(folder, rank, state, {})
+        save(folder, rank, state)
 
 
-def write_zero_3(folder: Path, ranks: int, *, split: bool, copies: int = 1) -> None:
-    """split: a tensor for each parameter. copies: as many groups of `ranks` ranks hold the same."""
+def write_zero_3(folder: Path, ranks: int, *, split: bool) -> None:
+    """split: a tensor for each parameter."""
     order = [{name: SHAPES[name] for name in names} for names in GROUPS]
-    for rank in range(ranks * copies):
+    for rank in range(ranks):
         flats = []
         for names in GROUPS:
             parts = []
@@ -71,8 +71,7 @@ def write_zero_3(folder: Path, ranks: int, *, split: bool, copies: int = 1) -> N
                     key: torch.cat([values(key, name), torch.zeros(part * ranks - SHAPES[name].numel())])
                     for key in KEYS
                 }
-                own = rank % ranks
-                parts.append({key: flat[own * part :][:part].clone() for key, flat in padded.items()})
+                parts.append({key: flat[rank * part :][:part].clone() for key, flat in padded.items()})
             joined = {key: torch.cat([part[key] for part in parts]) for key in KEYS}
             flats += parts if split else [joined]
         state = {
@@ -80,13 +79,12 @@ def write_zero_3(folder: Path, ranks: int, *, split: bool, copies: int = 1) -> N
             "loss_scaler": None,
             "optimizer_state_dict": state_of(flats, started=True),
         }
-        save(folder, rank, state, {"mics_shard_size": ranks} if copies > 1 else {})
+        save(folder, rank, state)
     torch.save({"param_shapes": order}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-def save(folder: Path, rank: int, state: dict, zero: dict) -> None:
-    content = {"optimizer_state_dict": state, "ds_config": {"zero_optimization": zero}}
-    torch.save(content, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+def save(folder: Path, rank: int, state: dict) -> None:
+    torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
 def read(state: SavedState, name: str, key: str, first: int, numel: int) -> torch.Tensor:
@@ -103,12 +101,9 @@ def test_every_part_of_every_parameter(tmp_path_factory, data) -> None:
     ranks = data.draw(st.integers(1, 6))
     if data.draw(st.booleans()):
         write_zero_2(folder, ranks)
-        world = ranks
     else:
-        copies = data.draw(st.integers(1, 2))
-        write_zero_3(folder, ranks, split=data.draw(st.booleans()), copies=copies)
-        world = ranks * copies
-    state = SavedState(folder, world, SHAPES)
+        write_zero_3(folder, ranks, split=data.draw(st.booleans()))
+    state = SavedState(folder, ranks, SHAPES)
     assert state.step == 3
     for name, shape in SHAPES.items():
         first = data.draw(st.integers(0, shape.numel() - 1))
