@@ -285,6 +285,7 @@ def record_start(
     """One line of `history.jsonl` for each start of the run: from where, on what, with which settings."""
     start = {
         "step": state.step,
+        "consumed_samples": state.consumed_samples,
         "time": round(time.time(), 3),
         "checkpoint": str(checkpoint) if checkpoint else None,
         "world_size": world_size,

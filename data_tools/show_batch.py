@@ -64,24 +64,38 @@ def _lines(record: dict) -> str:
 def samples_of_step(metrics: Path, step: int) -> range:
     """Samples consumed by `step`, from the logged steps around it, between which the batch is constant.
 
-    Raises `UserError` for a run without logged steps and for a step that it has not reached.
+    Raises `UserError` for a run without logged steps and for a step that it has not reached, or that lies
+    before the checkpoint of another run that it went on from.
     """
     from aquila.training.metrics import read_metrics
 
-    records = {0: 0}
+    begin, records = _beginning(metrics.parent / "history.jsonl")
+    if step <= begin:
+        raise UserError(f"--step {step}: the run went on from step {begin} of another one; see history.jsonl")
     for record in read_metrics(metrics):
         if type(record.get("consumed_samples")) is int:
             records[record["step"]] = record["consumed_samples"]
     last = max(records)
-    if last == 0:
+    if last == begin:
         raise UserError(f"{metrics} holds no logged step: is {metrics.parent} a run folder?")
     if not 1 <= step <= last:
-        raise UserError(f"--step {step}: the run has logged steps 1 to {last}")
+        raise UserError(f"--step {step}: the run has logged steps {begin + 1} to {last}")
     before = max(s for s in records if s < step)
     after = min(s for s in records if s >= step)
     batch = (records[after] - records[before]) // (after - before)
     start = records[before] + batch * (step - 1 - before)
     return range(start, start + batch)
+
+
+def _beginning(history: Path) -> tuple[int, dict[int, int]]:
+    """The step from which the run's first start went on, and the samples consumed before each start."""
+    from aquila.core.jsonl import objects
+
+    starts = objects(history.read_bytes()) if history.is_file() else []
+    starts = [s for s in starts if all(type(s.get(key)) is int for key in ("step", "consumed_samples"))]
+    if not starts:
+        return 0, {0: 0}
+    return starts[0]["step"], {start["step"]: start["consumed_samples"] for start in starts}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,22 @@ def test_tied_embeddings_and_wide_heads_train_and_go_on_exactly(project: Path, s
     assert [record["loss"] for record in one] == [record["loss"] for record in parts]
     if stage < 3:
         assert weights_hash(project, f"tied{stage}", 3) == weights_hash(project, f"tied{stage}-parts", 3)
+
+
+def test_a_run_that_goes_on_from_a_path_knows_its_samples(project: Path) -> None:
+    """Behind a ramp whose earlier steps are logged elsewhere; in the order of the run that it came from."""
+    ramp = ["batch_size_schedule={0: 4, 3: 8}", "eval_interval=0", "precision=fp32", "log_interval=100"]
+    assert train(project, "before", *ramp, "train_iters=4", ranks=1)[0] == 0
+    path = "resume=checkpoints_out/before/0/checkpoints/step-00000004"
+    status, output = train(project, "after", *ramp, path, "train_iters=8", ranks=1)
+    assert status == 0, output
+    words = ["-m", "data_tools.show_batch", "checkpoints_out/after/0", "--step"]
+    assert "samples 28 to 35" in python(project, *words, "6").stdout
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        python(project, *words, "2")
+    assert "went on from step 4 of another one" in caught.value.stderr
+    orders = [records(project, name, "data_order.json") for name in ("before", "after")]
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.slow

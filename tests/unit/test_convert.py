@@ -307,3 +307,26 @@ def test_a_folder_without_tokenizer_says_so(source, tmp_path, capsys):
     (folder / "vocab.json").unlink()
     assert convert(folder, tmp_path / "out", "aquila") == 0
     assert "holds no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("max_seq_len", "give key=value"),
+        ("max_seq_length=64", "unknown key 'max_seq_length'; did you mean 'max_seq_len'"),
+        ("rope_scaling={rope_type: yarn}", "rope_scaling.factor"),
+        ("max_seq_len=[", "not valid YAML"),
+        ("dim=128", "the weights do not fit this config.json"),
+    ],
+)
+def test_wrong_changes_are_named_and_nothing_is_written(source, tmp_path, change, message):
+    folder, _ = source("plain")
+    with pytest.raises(UserError, match=message):
+        convert(folder, tmp_path / "out", "aquila", "--set", change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scaled_models_are_no_gguf_files_here(source, tmp_path):
+    folder, _ = source("plain")
+    with pytest.raises(UserError, match="rope_scaling is not written into GGUF"):
+        convert(folder, tmp_path / "out", "gguf", "--set", "rope_scaling={rope_type: linear, factor: 2}")
