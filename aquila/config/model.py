@@ -30,7 +30,7 @@ class ModelConfig(StrictModel):
     vocab_size: PositiveInt = 100008
     multiple_of: PositiveInt = 256
     """The feed-forward size is rounded up to a multiple of this."""
-    ffn_dim_multiplier: float = Field(1.0, gt=0)
+    ffn_dim_multiplier: float = Field(1.0, gt=0, le=1000)
     hidden_dim: PositiveInt | None = None
     """The feed-forward size outright, for imported models whose size no formula gives."""
     tied_embeddings: bool = False

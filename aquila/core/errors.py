@@ -5,6 +5,7 @@ saved (`EX_TEMPFAIL` of sysexits.h: run the same command again).
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has left: `... | head`
         sys.stderr.close()
         status = EXIT_FAILURE
+    except OSError as error:
+        if (message := explain_os_error(error)) is None:
+            _leave(error_file, "".join(traceback.format_exception(error)))
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        _leave(error_file, f"error: {message}")
+        status = EXIT_USER_ERROR
     except KeyboardInterrupt:
         # Without a traceback, and by the signal itself, so that a shell's loop around the command ends, too.
         with contextlib.suppress(OSError):
@@ -51,6 +59,33 @@ def run_command(main: Callable[[], int | None]) -> None:
         _leave(error_file, "".join(traceback.format_exception(error)))
         raise
     sys.exit(status or 0)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within this user's quota",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`), or write to another file system",
+    errno.EACCES: "let this user read and write there, or choose another place",
+    errno.EPERM: "let this user read and write there, or choose another place",
+    errno.EROFS: "choose a place that is not mounted read-only",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file is where a folder must be; choose another place",
+    errno.EISDIR: "a folder is where a file must be; choose another place",
+    errno.EEXIST: "something else is there already; choose another place",
+    errno.ELOOP: "the links there lead in a circle; mend them",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.ENFILE: "the system has too many open files; close some",
+}
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """What is wrong, where and what to do, of an error that its user can mend; None for any other."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    where = " to ".join(name if len(name) < 200 else f"{name[:80]}...{name[-20:]}" for name in names)
+    return f"{where or 'writing'}: {error.strerror}; {remedy}"
 
 
 def _leave(path: str | None, text: str) -> None:

@@ -42,6 +42,20 @@ def experiment_dir(root: Path, experiment: str) -> Path:
     return root / "checkpoints_out" / experiment
 
 
+def first_unwritable(folder: Path) -> Path | None:
+    """What a run could not write of a version's folder, checkpoints left aside; None where it can."""
+    if not folder.exists():
+        return None
+    for parent, folders, files in os.walk(folder):
+        if Path(parent).name == FOLDER:
+            folders.clear()
+            files = []
+        for path in (Path(parent), *(Path(parent, name) for name in files)):
+            if not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0), follow_symlinks=True):
+                return path
+    return None
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a version holds finished checkpoints. That they are whole is checked when one is loaded."""
     return bool(list_checkpoints(run_dir / FOLDER))

@@ -12,17 +12,22 @@ from aquila.core.errors import UserError
 from aquila.generation.batch import explain_end
 from aquila.generation.chat import Session
 from aquila.generation.commands import COMPLETIONS, is_command, leaves, more_prompt, run_command_line
-from aquila.generation.tty import write
+from aquila.generation.tty import not_utf8, write
 
 
 def converse_by_lines(session: Session, as_json: bool) -> int:
     """Standard input without a terminal: a prompt a line, an answer each, until it ends."""
     status = 0
-    for line in sys.stdin:
-        line = line.rstrip("\r\n")
+    for number, line in enumerate(sys.stdin, start=1):
+        line = line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
         if leaves(line):
             break
         try:
+            if not_utf8(line):
+                raise UserError(
+                    f"standard input, line {number}: not UTF-8 text; convert it, for instance with "
+                    "`iconv -f GB18030 -t UTF-8`"
+                )
             _take(session, line, as_json, interactive=False)
         except UserError as error:  # the other lines still get their answers
             print(f"error: {error}", file=sys.stderr)

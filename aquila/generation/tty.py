@@ -16,7 +16,17 @@ def write(text: str) -> None:
 
 
 def use_utf8() -> None:
-    """Standard streams as UTF-8 whatever the locale; what cannot be decoded or encoded is replaced."""
+    """Standard streams as UTF-8 whatever the locale; what cannot be encoded is replaced.
+
+    Bytes of the input that are no UTF-8 stay recognizable (`not_utf8`), to be refused.
+    """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(
+                encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace"
+            )
+
+
+def not_utf8(line: str) -> bool:
+    """Whether a line of the input held bytes that are no UTF-8."""
+    return any("\udc80" <= letter <= "\udcff" for letter in line)

@@ -4,14 +4,16 @@ A reader offers `shapes` (name to shape), `dtypes` (name to dtype) and `read(nam
 """
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
 import pickle
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,12 +67,13 @@ class SafetensorsReader:
                 length = struct.unpack("<Q", file.read(8))[0]
                 if length > min(size, _HEADER_LIMIT):
                     raise ValueError("header length beyond the file")
-                header = parse_json(file.read(length))
+                header = parse_json(file.read(length), object_pairs_hook=_without_twins)
                 if not isinstance(header, dict):
                     raise ValueError("its header is no JSON object")
+                if not isinstance(header.pop("__metadata__", {}), dict):
+                    raise ValueError("its __metadata__ is no JSON object")
         except (OSError, ValueError, struct.error) as error:
             raise UserError(f"{path}: not a safetensors file ({error}); copy or download it again") from None
-        header.pop("__metadata__", None)
         self.info: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         data = 8 + length
@@ -88,6 +91,14 @@ class SafetensorsReader:
             if data + end > size:
                 raise UserError(f"{path}: cut short: {name} ends beyond {size} bytes; copy it again")
             self.info[name], self._offsets[name] = info, data + first
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Refuses tensors that share bytes: one of them holds what another should."""
+        places = sorted((self._offsets[name], _byte_size(info), name) for name, info in self.info.items())
+        for (first, size, name), (following, _, other) in itertools.pairwise(places):
+            if first + size > following:
+                raise UserError(f"{self.path}: {name} and {other} share bytes of the file; copy it again")
 
     def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """The tensor, in `into` when given: contiguous, of the same shape, whatever its dtype and device."""
@@ -112,6 +123,15 @@ class SafetensorsReader:
             if not count:
                 raise UserError(f"{self.path}: cut short while reading {name}; copy it again")
             done += count
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a name that stands in it twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twins = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"{twins[0]!r} stands twice in its header")
+    return found
 
 
 class TorchReader:

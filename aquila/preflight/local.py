@@ -15,7 +15,7 @@ from aquila.config.run import batch_sizes
 from aquila.core.checkpoints import FOLDER, STATE, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
-from aquila.core.run_folder import experiment_dir, versions
+from aquila.core.run_folder import choose_version, experiment_dir, first_unwritable, versions
 from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.node_probe import existing_parent
@@ -111,6 +111,8 @@ def check_run(
             checked.run("memory", lambda: _memory(checked))
         if local:
             checked.run("disk space", lambda: _room(checked.config, root))
+            if experiment is not None:
+                checked.run("run folder", lambda: check_writable(checked.config, root, experiment))
         if checked.nodes and (folders := _nvme(checked)):
             checked.run("offload to nvme", lambda: check_nvme(folders))
     return checked
@@ -203,6 +205,27 @@ def _room(config: EffectiveConfig, root: Path) -> str:
     return check_room(
         place, shutil.disk_usage(place).free, os.access(place, os.W_OK), checkpoint_bytes(config)
     )
+
+
+def check_writable(config: EffectiveConfig, root: Path, experiment: str) -> str:
+    """Raises `UserError` for what the run could not write of the folder that it goes on in, or would make."""
+    folder = experiment_dir(root, experiment)
+    version, goes_on = choose_version(folder, config.run.resume)
+    place = folder / version if goes_on else existing_parent(folder)
+    unwritable = first_unwritable(place) if goes_on else (None if os.access(place, os.W_OK) else place)
+    if unwritable is not None:
+        raise UserError(
+            f"{unwritable} cannot be written by this user; it belongs to {_owner(unwritable)}: give it to "
+            "the user who trains (chown -R), or take another experiment name"
+        )
+    return f"{folder / version} can be written"
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (KeyError, OSError):
+        return "another user"
 
 
 def check_room(place: Path, free: int, writable: bool, needed: int) -> str:

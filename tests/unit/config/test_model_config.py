@@ -112,3 +112,8 @@ def test_what_decides_the_function_is_the_same_however_it_is_written() -> None:
     scaled = ModelConfig(**AQUILA_7B, rope_scaling=YARN)
     assert scaled.function() == ModelConfig(**scaled.model_dump()).function() != plain.function()
     assert scaled.function()["rope_scaling"] == YARN
+
+
+def test_a_multiplier_beyond_all_reason_is_refused():
+    with pytest.raises(ValueError, match="ffn_dim_multiplier"):
+        ModelConfig(dim=32, n_heads=4, ffn_dim_multiplier=1e308)

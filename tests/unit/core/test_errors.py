@@ -1,10 +1,14 @@
 """Protects: the exit status of each kind of end, and the error that a command leaves for who started it."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from aquila.core import errors
 from aquila.core.variables import ERROR_FILE
 
 COMMAND = """
@@ -42,3 +46,36 @@ def test_a_command_leaves_its_error(tmp_path: Path) -> None:
 
 def test_an_error_file_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     assert ended("raise UserError('no such data')", tmp_path / "missing" / "error") == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; make room on that disk"),
+        (errno.EACCES, "Permission denied; let this user read and write there"),
+        (errno.EROFS, "Read-only file system; choose a place"),
+        (errno.ENAMETOOLONG, "File name too long; choose a shorter name"),
+        (errno.EFBIG, "File too large; raise the limit on the size of files"),
+        (errno.EEXIST, "File exists; something else is there already"),
+    ],
+)
+def test_what_the_user_can_mend_is_a_message(capsys, number: int, words: str) -> None:
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "/data/out")
+
+    with pytest.raises(SystemExit) as end:
+        errors.run_command(main)
+    assert end.value.code == errors.EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith(f"error: /data/out: {words}")
+
+
+def test_other_failures_of_the_system_keep_their_traceback() -> None:
+    def main() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/out")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        errors.run_command(main)
+    assert errors.explain_os_error(OSError("no number")) is None
+    assert errors.explain_os_error(OSError(errno.ENOSPC, "full")) == "writing: full; make room on that disk"
+    long = errors.explain_os_error(OSError(errno.ENAMETOOLONG, "long", "n" * 5000))
+    assert len(long) < 200

@@ -1,5 +1,6 @@
 """Protects: which version a launch continues, and that a new one never overwrites an old one."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,22 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
         run_folder.write_json(path, {"a": object()})
     assert run_folder.read_json(path) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_first_thing_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "2026010100"
+    for name in ("metrics.jsonl", "logs/h-rank-0000.log", "checkpoints/step-00000001/state.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    assert run_folder.first_unwritable(run) is None
+    assert run_folder.first_unwritable(tmp_path / "none") is None
+    real = os.access
+
+    def foreign(name: str):
+        return lambda path, mode, **more: Path(path).name != name and real(path, mode, **more)
+
+    for name in ("metrics.jsonl", "logs", "h-rank-0000.log", "checkpoints", "2026010100"):
+        monkeypatch.setattr(os, "access", foreign(name))
+        assert run_folder.first_unwritable(run).name == name
+    monkeypatch.setattr(os, "access", foreign("state.json"))  # a saved checkpoint is never written again
+    assert run_folder.first_unwritable(run) is None

@@ -340,7 +340,7 @@ def test_loading_peaks_at_little_more_than_the_weights(tmp_path, small_config, r
     )
     peak, weights = json.loads(done.stdout)
     assert weights > 200e6
-    assert peak < 1.1 * weights + 160e6
+    assert peak < 1.1 * weights + 200e6  # fp32 would take as much again as the weights
 
 
 @pytest.mark.parametrize("header", [
@@ -348,6 +348,9 @@ def test_loading_peaks_at_little_more_than_the_weights(tmp_path, small_config, r
     b'{"a": 1}', b'{"a": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}',
     b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', b'{"a": ' + b"1" * 5000 + b"}",
     b'{"a": {"dtype": "F32", "shape": 5, "data_offsets": [0, 4]}}', b"\xff", b'{"a": {"dtype": "F32"}}',
+    b'{"__metadata__": 3}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}',
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+    b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}',
 ])  # fmt: skip
 def test_odd_safetensors_headers_are_messages(tmp_path, header):
     from aquila.model.files import SafetensorsReader

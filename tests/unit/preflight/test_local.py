@@ -1,6 +1,7 @@
 """Protects: every mistake that can be known beforehand is found, all at once, and nothing is created."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,21 @@ def test_the_machine_s_own_devices() -> None:
     assert facts["device"] == detect()
     assert facts["precisions"]
     assert facts["fp8"]
+
+
+def test_what_of_the_run_folder_cannot_be_written_is_named_with_its_owner(project: Path, monkeypatch) -> None:
+    assert check(project, experiment="exp").failures == []
+    log = project / "checkpoints_out" / "exp" / "2026010100" / "metrics.jsonl"
+    (log.parent / "checkpoints" / "step-00000003").mkdir(parents=True)
+    log.touch()
+    (log.parent / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **more: Path(path) != log and real(path, mode, **more)
+    )
+    words = [finding.detail for finding in check(project, experiment="exp").failures]
+    assert any(f"{log} cannot be written by this user; it belongs to {log.owner()}" in each for each in words)
+    assert not any(
+        "cannot be written" in finding.detail
+        for finding in check(project, "resume=never", experiment="exp").failures
+    )
