@@ -31,12 +31,13 @@ def settings_of(effective: EffectiveConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def check_function(checkpoint: Path, effective: EffectiveConfig) -> list[str]:
+def check_function(checkpoint: Path, effective: EffectiveConfig, world_size: int | None = None) -> list[str]:
     """Compares what the weights of a checkpoint computed with what this run's `config.json` makes of them.
 
-    Returns a line for each change that `allow_model_changes` allows. Raises `UserError` naming the others.
+    Returns a line for each change that `allow_model_changes` allows. Raises `UserError` naming the others,
+    and for optimizer state that this run, on `world_size` ranks where that is known, cannot take over.
     """
-    _check_optimizer(checkpoint, effective)
+    _check_optimizer(checkpoint, effective, world_size)
     then, now = load_model_config(checkpoint).function(), effective.model.function()
     changes = {key: f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key]}
     refused = [key for key in changes if key not in effective.run.allow_model_changes]
@@ -50,16 +51,26 @@ def check_function(checkpoint: Path, effective: EffectiveConfig) -> list[str]:
     return [f"the model goes on with {change} (allow_model_changes)" for change in changes.values()]
 
 
-def _check_optimizer(checkpoint: Path, effective: EffectiveConfig) -> None:
-    """The moments of AdamW and the momentum of Muon are no exchange for one another."""
+def _check_optimizer(checkpoint: Path, effective: EffectiveConfig, world_size: int | None) -> None:
+    """AdamW's moments and Muon's momentum are no exchange for one another, and Muon's stay as divided."""
     if not (checkpoint / STATE).is_file():
         return
-    then, now = read_state(checkpoint).get("optimizer", "auto"), effective.run.optimizer
+    run, facts = effective.run, read_state(checkpoint)
+    then, now = facts.get("optimizer", "auto"), run.optimizer
     if (then == "muon") != (now == "muon"):
         raise UserError(
             f"{checkpoint}: its optimizer state is of optimizer {then}, and the run's is {now}; put it back, "
             "or begin a new run from the checkpoint's weights"
         )
+    if now != "muon":
+        return
+    here = {"world_size": world_size, "zero_stage": run.zero_stage, "precision": run.precision}
+    for key, value in here.items():
+        if value is not None and facts.get(key) != value:
+            raise UserError(
+                f"{checkpoint}: Muon's state goes on as it was divided, with {key} {facts.get(key)}; this "
+                f"run has {value}; go on with that, or begin a new run from the checkpoint's weights"
+            )
 
 
 def check_launched(effective: EffectiveConfig) -> None:

@@ -105,7 +105,9 @@ def check_run(
     if checked.run("configuration", lambda: _configuration(checked, config, model, overrides, root)):
         checked.run("weights", lambda: _weights(checked.config))
         if checkpoint := _checkpoint(checked.config, root, experiment, local):
-            checked.run("resume", lambda: _resume(checked.config, checkpoint))
+            nodes = [checked.here] if local and checked.here else checked.nodes
+            world_size = sum(node.slots for node in nodes) or None
+            checked.run("resume", lambda: _resume(checked.config, checkpoint, world_size))
         checked.run("tokenizer and data", lambda: _data(checked.config, root))
         if checked.devices and checked.nodes:
             checked.run("memory", lambda: _memory(checked))
@@ -286,10 +288,10 @@ def _checkpoint(config: EffectiveConfig, root: Path, experiment: str | None, loc
     return next((checkpoints[-1] for checkpoints in reversed(kept) if checkpoints), None)
 
 
-def _resume(config: EffectiveConfig, checkpoint: Path) -> str:
+def _resume(config: EffectiveConfig, checkpoint: Path, world_size: int | None) -> str:
     if not (checkpoint / STATE).is_file():
         raise UserError(f"resume={config.run.resume}: {checkpoint} is no checkpoint of a run")
-    return "; ".join([f"from {checkpoint}", *check_function(checkpoint, config)])
+    return "; ".join([f"from {checkpoint}", *check_function(checkpoint, config, world_size)])
 
 
 def _data(config: EffectiveConfig, root: Path) -> str:

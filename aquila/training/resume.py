@@ -105,7 +105,7 @@ class Resumption:
     def __init__(self, folder: Path, effective: EffectiveConfig, world_size: int) -> None:
         self.folder = folder
         self.facts = _facts(folder)
-        self.model_changes = check_function(folder, effective)
+        self.model_changes = check_function(folder, effective, world_size)
         """A line for each change of what the weights compute."""
         self.has_optimizer = (folder / SHARDS).is_dir()
         now: dict[str, Any] = {"world_size": world_size, "zero_stage": effective.run.zero_stage}

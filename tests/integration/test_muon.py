@@ -93,7 +93,7 @@ def test_it_stops_and_goes_on_exactly_on_the_same_ranks(project: Path) -> None:
     assert weights_hash(project, "whole", 4) == weights_hash(project, "parts", 4)
     status, output = train(project, "parts", *options[:-1], "train_iters=6", ranks=1)
     assert status != 0
-    assert "Muon's state goes on as it was divided, on 2 ranks in bf16; this run has 1 in bf16" in output
+    assert "Muon's state goes on as it was divided, with world_size 2; this run has 1" in output
 
 
 WRONG = {
@@ -118,4 +118,9 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused_by_name(tmp_path: Path, 
     (tmp_path / "state.json").write_text('{"optimizer": "muon"}')
     effective = load_run_config(project / "run.yaml", "small", [], root=project)
     with pytest.raises(UserError, match="its optimizer state is of optimizer muon, and the run's is auto"):
+        check_function(tmp_path, effective)
+    (tmp_path / "state.json").write_text('{"optimizer": "muon", "zero_stage": 1, "precision": "bf16"}')
+    words = ["optimizer=muon", "precision=bf16"]
+    effective = load_run_config(project / "run.yaml", "small", words, root=project)
+    with pytest.raises(UserError, match="as it was divided, with zero_stage 1; this run has 2"):
         check_function(tmp_path, effective)
