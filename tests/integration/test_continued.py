@@ -185,7 +185,8 @@ def test_a_longer_context_from_a_checkpoint(project: Path) -> None:
     assert "the model goes on with rope_scaling None -> {" in output
 
 
-@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_tied_embeddings_and_wide_heads_train_and_go_on_exactly(project: Path, stage: int) -> None:
     from tests.integration.training_runs import MODEL
 
@@ -208,6 +209,7 @@ def test_tied_embeddings_and_wide_heads_train_and_go_on_exactly(project: Path, s
         assert weights_hash(project, f"tied{stage}", 3) == weights_hash(project, f"tied{stage}-parts", 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_path_knows_its_samples(project: Path) -> None:
     """Behind a ramp whose earlier steps are logged elsewhere; in the order of the run that it came from."""
     ramp = ["batch_size_schedule={0: 4, 3: 8}", "eval_interval=0", "precision=fp32", "log_interval=100"]

@@ -83,6 +83,7 @@ def test_three_steps_are_those_of_a_plain_loop(project: Path) -> None:
             assert (ours[name] - wanted).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_it_stops_and_goes_on_exactly_on_the_same_ranks(project: Path) -> None:
     options = [*MUON, "precision=bf16", "train_iters=4"]
     assert train(project, "whole", *options)[0] == 0
