@@ -214,6 +214,7 @@ def build_model(
     options = {"attention": run.attention, "recompute": run.recompute, "z_loss": run.z_loss}
     dtype = PRECISIONS[run.precision]
     if run.zero_stage == 3:
+        backend.allocate_compactly()
         model = AquilaModel(config, **options, device="meta", dtype=dtype)
 
         def source() -> Fill:

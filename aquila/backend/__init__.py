@@ -21,7 +21,8 @@ device has. Every module offers:
   `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;
 - `COMMUNICATION`, `device_count()`, `set_device(local_rank)`, `device_name()`, `supported_precisions()`,
-  `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`, `kernels()` (what runs here, for people);
+  `allocate_compactly()` for ZeRO-3, `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`,
+  `kernels()` (what runs here, for people);
   `profiling(stem)`, a profiler over a block, which writes its files beside `stem` at its end.
 
 Legend of shapes: B batch, S query positions, T key positions (T = start + S), H query heads, K key and

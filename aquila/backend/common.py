@@ -114,6 +114,10 @@ def refuse_fp8(reason: str, layers: nn.Module, recipe: str) -> None:
     raise UserError(f"fp8: {recipe}: {reason}")
 
 
+def allocate_compactly() -> None:
+    """Nothing to do: the allocator of an accelerator joins what was freed."""
+
+
 def make_deterministic(variables: dict[str, tuple[str, ...]]) -> None:
     """Lets torch take only kernels that give the same bits each time; others raise when they are called.
 

@@ -176,11 +176,24 @@ def _keep_freed_memory() -> None:
     Given back to the system, it is faulted in anew at every step, page by page: a tenth of a step's time.
     Who sets glibc's own variables for it decides.
     """
+    _mallopt(32 << 20, 2**31 - 1)
+
+
+def allocate_compactly() -> None:
+    """Gives memory back once it is freed: ZeRO-3 makes and drops weights all the time, between what stays.
+
+    Kept, it leaves holes that no later block fits into: a rank grew with every step, to four times its need.
+    """
+    _mallopt(1 << 20, 64 << 20)
+
+
+def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
+    """Bytes from which glibc takes a block from the system, and from which it gives the heap's end back."""
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not told:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
+        libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold)
 
 
 make_deterministic = partial(common.make_deterministic, DETERMINISTIC)

@@ -245,6 +245,7 @@ def set_device(local_rank: int) -> torch.device:
 
 
 make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
+allocate_compactly = common.allocate_compactly
 
 
 def device_name() -> str:

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from aquila.backend import get_backend
+from aquila.model.late_linear import LateLinear
 
 
 class Linear(nn.Linear):
     """x weight^T, by the device's product."""
 
+    late = False
+    """The weight is gone between forward and backward (ZeRO-3)."""
+
     def reset_parameters(self) -> None:
         """Nothing: values come later."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.late and torch.is_grad_enabled():
+            return LateLinear.apply(x, self.weight)
         return get_backend(x.device.type).linear(x, self.weight)
 
 

@@ -6,8 +6,9 @@ ZeRO-3 a part from each rank with an index; `config.json`, the tokenizer's files
 optimizer state, `rng/` with each rank's random state, `state.json`, `data_order.json` with the samples
 consumed so far, and `manifest.json` with size and checksum of every file.
 
-`begin` copies the state into host memory and starts a thread that writes, syncs and sums this rank's
-files; `finish`, on all ranks at one step boundary, renames the folder and replaces `latest`.
+`begin` copies the state into host memory (not with `background_save: False`) and starts a thread that
+writes, syncs and sums this rank's files; `finish`, on all ranks at one step boundary, renames the folder and
+replaces `latest`.
 """
 
 import contextlib
@@ -107,8 +108,9 @@ class Checkpointer:
         if save.problem:
             return
         run = self._effective.run
-        weights, parts = self._engine.weights()
-        shards = self._engine.snapshot_shards(partial) if run.save_optim else []
+        copy = run.background_save  # otherwise the caller waits, and nothing changes meanwhile
+        weights, parts = self._engine.weights(copy=copy)
+        shards = self._engine.snapshot_shards(partial, copy=copy) if run.save_optim else []
         generators = random_state() if run.save_rng else None
         facts = self._facts(state)
 

@@ -16,13 +16,13 @@ class Snapshot(NamedTuple):
 
 
 class InMemoryCheckpointEngine:
-    """Stands in for DeepSpeed's writer of checkpoints: takes copies instead of writing files."""
+    """Stands in for DeepSpeed's writer of checkpoints: takes copies, or the state itself; writes nothing."""
 
-    def __init__(self, taken: list[Snapshot]) -> None:
-        self._taken = taken
+    def __init__(self, taken: list[Snapshot], *, copy: bool = True) -> None:
+        self._taken, self._copy = taken, copy
 
     def save(self, state_dict: Any, path: str) -> None:
-        self._taken.append(Snapshot(to_host(state_dict), Path(path)))
+        self._taken.append(Snapshot(to_host(state_dict) if self._copy else state_dict, Path(path)))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         os.makedirs(path, exist_ok=exist_ok)

@@ -199,7 +199,8 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
-        join_products(model)  # ZeRO has moved the weights into its buffers
+        if self._stage < 3:  # it gathers weights anew, each time elsewhere
+            join_products(model)  # ZeRO has moved the weights into its buffers
         self.tell_apart = 0
         """Corpora whose losses are summed on their own, and whose tokens that count are told."""
         self.unequal = False
@@ -417,12 +418,13 @@ class Engine:
             if checksum != common or altered
         ]
 
-    def snapshot_shards(self, folder: Path) -> list[Snapshot]:
+    def snapshot_shards(self, folder: Path, *, copy: bool = True) -> list[Snapshot]:
         """This rank's share of master weights and optimizer state, as copies in host memory to be written
-        below `folder`/deepspeed. All ranks together."""
+        below `folder`/deepspeed; without `copy` itself, to be written before the next step. All ranks
+        together."""
         taken: list[Snapshot] = []
         writer, module_state = self._engine.checkpoint_engine, self._engine.module_state_dict
-        self._engine.checkpoint_engine = InMemoryCheckpointEngine(taken)
+        self._engine.checkpoint_engine = InMemoryCheckpointEngine(taken, copy=copy)
         # The weights are saved beside, as a model folder that any tool reads; not a second time here.
         self._engine.module_state_dict = lambda **options: {}
         self._engine._copy_recovery_script = lambda path: None  # for folders without that model folder
@@ -479,15 +481,18 @@ class Engine:
         if path is None:
             raise UserError(f"{folder / SHARDS}: DeepSpeed cannot load this checkpoint")
 
-    def weights(self) -> tuple[dict[str, torch.Tensor], list[dict[str, TensorInfo]]]:
+    def weights(self, *, copy: bool = True) -> tuple[dict[str, torch.Tensor], list[dict[str, TensorInfo]]]:
         """This rank's part of all weights, as copies in host memory, and what each rank's part holds.
 
-        Under ZeRO-3 about the same for every rank; else rank 0 has them all. All ranks together.
+        Under ZeRO-3 about the same for every rank; else rank 0 has them all, without `copy` themselves. All
+        ranks together.
         """
         if self._stage == 3:
             return own_weights(self.model, dist.get_rank(), self.world_size)
-        weights = dict(self.model.named_parameters()) if dist.get_rank() == 0 else {}
-        return to_host(weights), [weight_infos(self.model)]
+        weights: dict[str, torch.Tensor] = {}
+        if dist.get_rank() == 0:
+            weights.update(self.model.named_parameters())
+        return to_host(weights) if copy else weights, [weight_infos(self.model)]
 
 
 def bit_sum(values: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from aquila.config import EffectiveConfig
 from aquila.model import AquilaModel
 from aquila.model.files import TensorInfo
+from aquila.model.linear import Linear
 from aquila.model.weights import divide
 from aquila.training.deepspeed.checkpoint_engine import to_host
 from aquila.training.deepspeed.config import deepspeed_config
@@ -36,6 +37,9 @@ def divide_model(
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.late = True
     sources: list[Fill] = []
     on_first_rank(lambda: sources.append(open_source()))
     # Otherwise entered as a context in which modules are constructed.
