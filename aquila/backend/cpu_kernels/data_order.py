@@ -19,6 +19,9 @@ def _library() -> ctypes.CDLL | None:
         library.blend.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 2
         library.blend.argtypes += [ctypes.c_void_p]
         library.shuffle.restype = library.blend.restype = None
+        library.sample_starts.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+        library.sample_starts.argtypes += [ctypes.c_void_p, ctypes.c_int64]
+        library.sample_starts.restype = ctypes.c_int64
     return library
 
 
@@ -37,6 +40,24 @@ def shuffle(numbers: np.ndarray, random: np.random.RandomState) -> None:
     key, place = np.array(key, np.uint32), ctypes.c_int64(place)
     library.shuffle(numbers.ctypes.data, len(numbers), key.ctypes.data, ctypes.addressof(place))
     random.set_state((name, key, place.value, has_gauss, gauss))
+
+
+def sample_starts(
+    lengths: np.ndarray, documents: np.ndarray, seq_length: int, starts: np.ndarray
+) -> int | None:
+    """Fills `starts`, int32 (samples, 2), with where samples begin: a place in `documents`, a token there.
+
+    lengths: int32, tokens of each document. documents: int32, their order. Returns the tokens of all of them,
+    or -1 where one has less than none; None without a compiler.
+    """
+    library = _library()
+    contiguous = all(
+        array.flags.c_contiguous and array.dtype == np.int32 for array in (lengths, documents, starts)
+    )
+    if library is None or not contiguous:
+        return None
+    arrays = lengths.ctypes.data, documents.ctypes.data, len(documents)
+    return library.sample_starts(*arrays, seq_length, starts.ctypes.data, len(starts))
 
 
 def blend(weights: np.ndarray, counts: np.ndarray, first: int, samples: int) -> np.ndarray:

@@ -67,10 +67,12 @@ def test_blend_is_megatrons_from_any_place(monkeypatch, weights, compiled):
     assert far.counts(20_001) == np.bincount(which[:20_001], minlength=len(weights)).tolist()
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20, None])
 def test_starts_are_megatrons(monkeypatch, block):
     helpers = pytest.importorskip("megatron.core.datasets.helpers")
-    monkeypatch.setattr(epoch_order, "_BLOCK", block)
+    if block is not None:  # without compiled loops
+        monkeypatch.setattr(epoch_order, "_BLOCK", block)
+        monkeypatch.setattr(data_order, "_library", lambda: None)
     lengths = np.random.RandomState(1).randint(0, 60, 300).astype(np.int32)
     cut = cut_of(lengths)
     order = build(cut, 2, in_memory)
@@ -186,7 +188,10 @@ def test_what_cannot_be_numbered_is_refused_with_the_number():
     check_limits(Cut(nothing, range(2**31 - 1), 2**34, 2048, 1), "d")
 
 
-def test_a_negative_length_is_a_message():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_negative_length_is_a_message(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(data_order, "_library", lambda: None)
     with pytest.raises(UserError, match="below 0"):
         build(cut_of([5, -3, 40]), 0, in_memory)
     lengths = np.asarray([5, 30, 40], np.int32)
