@@ -1,6 +1,10 @@
 """Tensors in files: safetensors and torch's zip, read one tensor at a time and without running their code.
 
-A reader offers `shapes` (name to shape), `dtypes` (name to dtype) and `read(name, into)`.
+A reader offers `info` (name to shape and dtype) and `read(name, into)`.
+
+Own readers and writers, for what the `safetensors` library does not offer: reading into a place that exists,
+in another dtype or on another device, a few MB at a time and without a map; writing from a function, one
+tensor after the other. Tests and `examples/check_continued.py` use the library on the same files.
 """
 
 import ctypes

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from aquila import backend
 from aquila.generation.int8 import quantize
 from aquila.model import AquilaModel
 from aquila.model.linear import Linear, in_stored_order, join_products, put_side_by_side, side_by_side
@@ -115,3 +117,25 @@ def test_int8_layers_are_joined_on_the_same_memory(make):
     assert attention.whole.int8.data_ptr() == attention.wq.int8.data_ptr()
     assert torch.allclose(attention.products(x), apart, rtol=1e-5, atol=1e-5)
     assert "attention.whole" not in " ".join(model.state_dict())
+
+
+@pytest.mark.parametrize("lengths", [(24,), (24, 16)])
+def test_compiled_through_the_gpus_module_it_is_one_graph_for_all_layers(make, monkeypatch, lengths):
+    monkeypatch.setitem(backend._BACKENDS, "cpu", backend.cuda)
+    torch._dynamo.reset()
+    counters.clear()
+    apart, joined = make(), make()
+    flatten(joined)
+    join_products(joined)
+    joined.compile_blocks(backend="aot_eager", fullgraph=True)
+    for length in lengths:
+        tokens = torch.randint(joined.config.vocab_size, (2, length))
+        for model in (apart, joined):
+            model.zero_grad()
+            model(tokens, labels=tokens.roll(-1, 1)).backward()
+        for (name, p), q in zip(apart.named_parameters(), joined.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
+    assert counters["stats"]["unique_graphs"] == len(lengths)
+    assert not counters["graph_break"]
+    stored = [layer.attention.wq.weight.grad for layer in joined.layers]
+    assert all(gradient.is_contiguous() for gradient in stored)
