@@ -33,8 +33,11 @@ from aquila.planning.memory import (
 from aquila.planning.speed import CHIPS, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, StepTime, step_time
 
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "G": 10**9}
+SOLD = {"80GB": 85.5e9, "141GB": 150.7e9}
+"""What devices sold under these sizes have, by nvidia-smi: 81,559 MiB (H100), 143,771 MiB (H200)."""
 LINKS = {"25 Gbit/s": 25, "100 Gbit/s": 100, "200 Gbit/s": 200, "400 Gbit/s": 400, "200 GB/s": 1600}
 """Gbit/s of the slowest link of the ring: Ethernet and InfiniBand between nodes, links within one."""
+PER_NODE = 8
 FREE_SHARE = 0.06
 """Share of the memory that is left alone: allocators cannot use every gap."""
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -64,6 +67,7 @@ def main() -> int:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         attention="fused" if arguments.attention == "auto" else arguments.attention,
         bucket=arguments.bucket,
+        hpz=arguments.hpz,
         fixed=ACCELERATOR_FIXED,
         logits_bytes=LARGEST_LOGITS_BYTES,  # the largest of any device's
     )
@@ -100,6 +104,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--bucket", type=float, default=1e8, help="reduce_bucket_size of deepspeed.json (default 1e8)"
     )
+    parser.add_argument(
+        "--hpz", type=positive, default=1, help="zero_hpz_partition_size of ZeRO-3: the devices of a node"
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     return parser.parse_args()
 
@@ -111,7 +118,12 @@ def positive(text: str) -> int:
 
 
 def parse_memory(text: str) -> float:
-    """'64GB' (10^9) or '80GiB' (2^30) to bytes. Raises `UserError`."""
+    """'64GB' (10^9) or '80GiB' (2^30) to bytes; '80GB' and '141GB' to what such devices have.
+
+    Raises `UserError`.
+    """
+    if (sold := text.strip().upper().replace(" ", "")) in SOLD:
+        return SOLD[sold]
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
     if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
         raise UserError(f"--memory {text}: write a number and its unit, such as 64GB or 80GiB")
@@ -186,6 +198,7 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
     table.add_row("peak", *(f"{choice.estimate.peak / GIB:.1f}" for choice in choices))
     table.add_row("at", *(choice.estimate.fullest for choice in choices))
     table.add_row("on the host", *(f"{choice.estimate.host / GIB:.1f}" for choice in choices))
+    table.add_row("and in a save", *(f"{choice.estimate.snapshot / GIB:.1f}" for choice in choices))
     table.add_row("fits", *("yes" if choice.fits else "no" for choice in choices))
     table.add_row("batch_size", *(str(choice.setup.batch_size) for choice in choices))
     table.add_row("ckpoint_layer", *(str(choice.setup.checkpointed_layers) for choice in choices))
@@ -199,6 +212,12 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
     print(f"recommended ({stage_name(chosen.setup)}): {paste(chosen.setup)}")
     if chosen.setup.offload:
         print('and in deepspeed.json: "zero_optimization": {"offload_optimizer": {"device": "cpu"}}')
+    node = min(PER_NODE, chosen.setup.devices)
+    host = node * (chosen.estimate.host + chosen.estimate.snapshot)
+    print(
+        f"host memory of a node of {node} devices: {host / GIB:.0f} GiB, of which a background save's copy "
+        f"takes {node * chosen.estimate.snapshot / GIB:.0f} GiB (background_save=False takes none)"
+    )
 
 
 def nothing_fits(model: ModelConfig, choices: list[Choice], memory: float) -> str:
@@ -276,6 +295,7 @@ def as_json(model: ModelConfig, choices: list[Choice], memory: float) -> dict[st
                 "ckpoint_layer": choice.setup.checkpointed_layers,
                 "peak_bytes": choice.estimate.peak,
                 "host_bytes": choice.estimate.host,
+                "host_bytes_in_a_save": choice.estimate.snapshot,
                 "parts": dict(choice.estimate.rows()),
                 "bytes_sent": bytes_sent(model, choice.setup),
                 "seconds_by_link": {

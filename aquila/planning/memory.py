@@ -37,6 +37,8 @@ class TrainingSetup:
     precision: str = "bf16"
     zero_stage: int = 2
     offload: bool = False
+    hpz: int = 1
+    """`zero_hpz_partition_size`: devices that hold a second copy of ZeRO-3's weights together."""
     checkpointed_layers: int = 0
     gradient_accumulation_steps: int = 1
     attention: str = "fused"
@@ -94,6 +96,10 @@ class Estimate:
     step: float
     """Of the optimizer, temporary."""
     fixed: float
+    building: float
+    """When the model is built or read, before there is an optimizer."""
+    snapshot: float
+    """Copies in host memory while a checkpoint is written in the background, of one device."""
     host: float = 0.0
     accumulates: bool = False
 
@@ -104,6 +110,7 @@ class Estimate:
         new_gradients = 0 if self.accumulates else self.gradients
         acts = self.activations + self.loss_gradients
         return {
+            "building": self.building + self.fixed,
             "loss": always + acts + self.logits,
             "start of backward": always + acts + self.working + self.first_buckets,
             "end of backward": always + new_gradients + self.buckets + self.embedding_gradient + self.working,
@@ -166,8 +173,13 @@ def _states(model: ModelConfig, setup: TrainingSetup) -> dict[str, float]:
         step = 4 * min(owned, STEP_BLOCK_CPU if setup.lazy_buffers else STEP_BLOCK)
     if setup.offload and stage >= 2:
         host, optimizer, step, gradients = optimizer + step + gradients, 0.0, 0.0, 0.0
+    # A device holds its share and the parameter whose turn it is.
+    largest = model.dim * max(model.vocab_size, model.ffn_dim)
+    second = total / setup.hpz if setup.hpz > 1 else 0.0
     return {
-        "parameters": b * (share + min(total, LIVE_PARAMETERS) if stage == 3 else total),
+        "parameters": b * (share + second + min(total, LIVE_PARAMETERS) if stage == 3 else total),
+        "building": b * (share + largest if stage == 3 else total),
+        "snapshot": (12 + (b if stage == 3 else 0)) * owned,
         "gradients": gradients,
         "optimizer": optimizer,
         "buckets": b * buckets,
@@ -259,11 +271,15 @@ def bytes_sent(model: ModelConfig, setup: TrainingSetup) -> float:
     With rings an all-reduce sends 2 P (N-1)/N elements, a reduce-scatter or an all-gather half of that.
     Stage 0: one all-reduce; 1: reduce-scatter and all-gather; 2: in every micro step an all-reduce, for
     DeepSpeed reduces buckets that several ranks own in that way (counted: docs/scaling.md), and one
-    all-gather; 3: in every micro step two all-gathers and a reduce-scatter.
+    all-gather; 3: in every micro step two all-gathers and a reduce-scatter. With hierarchical partitioning
+    (`hpz`) the second all-gather stays within a node, and is not counted here.
     """
     once = model.parameter_count() * setup.dtype_bytes * (setup.devices - 1) / setup.devices
     micro_steps = setup.gradient_accumulation_steps
-    return once * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: 3 * micro_steps}[setup.zero_stage]
+    return (
+        once
+        * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: (2 if setup.hpz > 1 else 3) * micro_steps}[setup.zero_stage]
+    )
 
 
 CPU_FIXED = 480 << 20
@@ -298,6 +314,7 @@ def setup_of(
         precision="bf16" if run.precision == "auto" else run.precision,
         zero_stage=run.zero_stage,
         offload=bool(offload),
+        hpz=int(zero.get("zero_hpz_partition_size", 1)) if run.zero_stage == 3 else 1,
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         attention="fused" if run.attention == "auto" else run.attention,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from aquila import plan
-from aquila.config import ModelConfig, RunConfig
+from aquila.config import ModelConfig, RunConfig, load_model_config
 from aquila.core.errors import UserError
-from aquila.planning.memory import ACCELERATOR_FIXED, TrainingSetup, estimate
+from aquila.planning.memory import ACCELERATOR_FIXED, LARGEST_LOGITS_BYTES, TrainingSetup, estimate
 
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": 100008}
 
@@ -35,7 +35,7 @@ def test_the_benchmark_s_preset_is_what_the_plan_proposes(root: Path) -> None:
     base = TrainingSetup(
         devices=1, batch_size=1, seq_length=preset["seq"], bucket=1e8, fixed=ACCELERATOR_FIXED
     )
-    choice = plan.best(model, base, plan.parse_memory("141GB"))
+    choice = plan.best(model, base, 141e9)  # less than it has: as it was measured
     assert choice.fits
     assert choice.setup.batch_size == preset["batch"]
     assert choice.setup.checkpointed_layers == preset["recompute"]
@@ -44,6 +44,8 @@ def test_the_benchmark_s_preset_is_what_the_plan_proposes(root: Path) -> None:
 def test_memory_units() -> None:
     assert plan.parse_memory("64GB") == 64e9
     assert plan.parse_memory("80 GiB") == 80 * 2**30
+    assert plan.parse_memory("80GB") == 85.5e9  # as they are sold
+    assert plan.parse_memory("141 gb") == 150.7e9
     for wrong in ("64", "GB", "64 parsecs", "-1GB", "0GB"):
         with pytest.raises(UserError, match="64GB or 80GiB"):
             plan.parse_memory(wrong)
@@ -127,3 +129,23 @@ def test_the_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, model_dir:
 def test_a_sequence_beyond_the_model(monkeypatch, model_dir: Path) -> None:
     with pytest.raises(UserError, match="max_seq_len 2048"):
         run_plan(monkeypatch, model_dir, "--devices", "8", "--memory", "64GB", "--seq-length", "4096")
+
+
+def test_the_proposals_in_the_documents_are_the_plan_s(root: Path) -> None:
+    """Aquila2-34B and 70B on 8 to 512 devices, of three sizes: docs/large-models.md."""
+    text = (root / "docs" / "large-models.md").read_text(encoding="utf-8")
+    for name, title in (("aquila2-34b", "Aquila2-34B"), ("aquila2-70b", "Aquila2-70B")):
+        model = load_model_config(root / "checkpoints_in" / name)
+        rows = text.split(f"{title}:\n\n")[1].split("\n\n")[0].splitlines()[2:]
+        assert [int(row.split("|")[1]) for row in rows] == [8, 16, 32, 64, 128, 256, 512]
+        for row in (rows[0], rows[3], rows[6]):
+            devices, *told = [cell.strip() for cell in row.strip("|").split("|")]
+            base = TrainingSetup(
+                devices=int(devices), batch_size=1, seq_length=model.max_seq_len, bucket=1e8,
+                fixed=ACCELERATOR_FIXED, logits_bytes=LARGEST_LOGITS_BYTES,
+            )  # fmt: skip
+            for memory, cell in zip(("64GB", "80GB", "141GB"), told, strict=True):
+                fitting = [c for c in plan.best_of_stages(model, base, plan.parse_memory(memory)) if c.fits]
+                chosen = plan.recommended(fitting, model).setup
+                found = f"{plan.stage_name(chosen)}, {chosen.batch_size}, {chosen.checkpointed_layers}"
+                assert found == cell, (name, devices, memory)

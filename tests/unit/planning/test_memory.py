@@ -145,3 +145,26 @@ def test_traffic() -> None:
     accumulated = replace(setup, zero_stage=2, gradient_accumulation_steps=8)
     assert bytes_sent(MODEL, accumulated) == 17 * once
     assert bytes_sent(MODEL, replace(setup, devices=1)) == 0
+
+
+def test_building_is_a_moment_of_its_own():
+    """Under ZeRO-3 a share and the largest parameter, else the whole model."""
+    setup = TrainingSetup(devices=64, batch_size=1, seq_length=128, fixed=7)
+    whole = SEVEN_B.parameter_count()
+    largest = SEVEN_B.vocab_size * SEVEN_B.dim
+    found = [estimate(SEVEN_B, replace(setup, zero_stage=stage)).phases["building"] for stage in (2, 3)]
+    assert found == [2 * whole + 7, 2 * (whole / 64 + largest) + 7]
+
+
+def test_hierarchical_partitions_take_memory_and_save_traffic():
+    setup = TrainingSetup(devices=64, batch_size=1, seq_length=128, zero_stage=3)
+    flat, divided = (estimate(SEVEN_B, replace(setup, hpz=size)) for size in (1, 8))
+    assert divided.parameters - flat.parameters == 2 * SEVEN_B.parameter_count() / 8
+    sent = [bytes_sent(SEVEN_B, replace(setup, hpz=size)) for size in (1, 8)]
+    assert sent[1] == pytest.approx(sent[0] * 2 / 3)
+
+
+def test_the_copy_for_a_background_save_is_told():
+    setup = TrainingSetup(devices=64, batch_size=1, seq_length=128)
+    found = [estimate(SEVEN_B, replace(setup, zero_stage=stage)).snapshot for stage in (2, 3)]
+    assert found == [12 * SEVEN_B.parameter_count() / 64, 14 * SEVEN_B.parameter_count() / 64]
