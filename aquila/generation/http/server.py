@@ -30,6 +30,8 @@ try:
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.requests import ClientDisconnect
+
+    from aquila.generation.http.slow_headers import TimedH11Protocol
 except ImportError as error:
     raise UserError(
         f"--serve needs FastAPI and uvicorn ({error.name} is missing): run `pip install fastapi uvicorn`"
@@ -69,7 +71,12 @@ def serve(session: Session, limits: Limits, listener: socket.socket) -> int:
         print("warning: whoever reaches this address may use the model; there are no keys", file=sys.stderr)
     app = make_app(session, limits)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=2 * GRACE_SECONDS
+        app,
+        http=TimedH11Protocol,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=2 * GRACE_SECONDS,
     )
     # uvicorn ends in good order, then raises the signal again: that, too, is an end as asked for.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
