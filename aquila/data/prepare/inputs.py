@@ -123,20 +123,31 @@ def _source(path: str) -> Source:
     return Source(path, form, compression, state.st_size, state.st_mtime_ns)
 
 
+_MOST_FOLD, _FREE_BYTES = 500, 256 << 20
+"""Text shrinks to a hundredth at best; what shrinks further, beyond so many bytes, is made to fill memory."""
+
+
 class ByteStream:
     """The bytes of a source, decompressed, with the position in the file on disk."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
+        self._source, self._unfolded = source, 0
         self._file = open(source.path, "rb")  # noqa: SIM115
         self._stream = _OPENERS[source.compression](self._file, source)
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes; empty at the end. Raises `DamagedInputError`."""
         try:
-            return self._stream.read(size)
+            data = self._stream.read(size)
         except (OSError, EOFError, zlib.error, _zstd_error()) as error:
             raise DamagedInputError(f"input {self._source.path}: cannot be decompressed: {error}") from None
+        self._unfolded += len(data)
+        if self._unfolded > max(_FREE_BYTES, _MOST_FOLD * self.position()):
+            raise DamagedInputError(
+                f"input {self._source.path}: unfolds to more than {_MOST_FOLD} times its size, which no text "
+                "does; if it is meant, unpack it and give the file itself"
+            )
+        return data
 
     def position(self) -> int:
         """Bytes of the file on disk read so far."""

@@ -1,9 +1,11 @@
 """One bad item stays with that item, and whatever is left out is named."""
 
+import gzip
 import json
 
 import pytest
 
+from aquila.data.prepare import inputs
 from aquila.data.prepare.answers import conversation
 from aquila.data.prepare.bad import BadDocumentError
 from aquila.data.prepare.blocks import _batch_rows
@@ -41,3 +43,32 @@ def test_what_is_left_out_is_named_and_what_is_meant_is_found(tmp_path, capsys) 
     found = [source.path.rpartition("/")[2] for source in find_sources([str(folder)])]
     assert found == ["A.JSONL", "b.ndjson", "c.Txt.GZ"]
     assert "1 file(s) of no known kind are left out: notes.doc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz", "a.jsonl.zst"])
+def test_a_compressed_input_that_unfolds_without_bound_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(inputs, "_FREE_BYTES", 1 << 20)
+    data = b'["' + b"a" * (64 << 20)
+    if name.endswith(".gz"):
+        packed = gzip.compress(data)
+    else:
+        packed = pytest.importorskip("zstandard").compress(data)
+    (tmp_path / name).write_bytes(packed)
+    (source,) = inputs.find_sources([str(tmp_path / name)])
+
+    def read_all():
+        with inputs.ByteStream(source) as stream:
+            while stream.read(1 << 20):
+                pass
+
+    with pytest.raises(inputs.DamagedInputError, match="unfolds to more than 500 times its size"):
+        read_all()
+
+
+def test_text_that_shrinks_well_is_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_FREE_BYTES", 1 << 16)
+    line = b'{"text": "one and the same line, again and again"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 20_000))
+    (source,) = inputs.find_sources([str(tmp_path / "a.jsonl.gz")])
+    with inputs.ByteStream(source) as stream:
+        assert sum(iter(lambda: len(stream.read(1 << 16)), 0)) == 20_000 * len(line)
