@@ -2,8 +2,8 @@
 everything: a second each instead of ten. Used from a project's folder: `python forked_ranks.py JOBS.json`.
 
 A job is {"ranks": 4, "args": [...]}. "memory": True prints what each rank held at most above the imports
-while its model was built, and ends there. "limit": N lets each rank have N bytes of data above the imports.
-"kill": PATH kills all ranks once PATH exists.
+while its model was built, and ends there; "step": what its second step took. "limit": N lets each rank have N
+bytes of data above the imports. "kill": PATH kills all ranks once PATH exists.
 Prints for each job its statuses as a line `JOB [0, 0, 0, 0]`, after the ranks' own output.
 """
 
@@ -64,6 +64,26 @@ def watch_memory(rank: int) -> None:
     pretrain.build_model = watched
 
 
+def watch_step(rank: int) -> None:
+    """Prints what the second step held at most above what stood before it, as a part of the model's size."""
+    from aquila.training.deepspeed.engine import Engine
+
+    step, calls = Engine.train_step, []
+
+    def watched(engine, *args, **options):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts anew
+        before = status("VmRSS")
+        result = step(engine, *args, **options)
+        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.model.parameters())
+        calls.append((status("VmHWM") - before) / whole)
+        if len(calls) == 2:
+            print(f"STEP {rank} {calls[-1]:.4f}", flush=True)
+        return result
+
+    Engine.train_step = watched
+
+
 def run_rank(job: dict, rank: int, port: int) -> int:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="localhost",
@@ -73,7 +93,7 @@ def run_rank(job: dict, rank: int, port: int) -> int:
     from aquila.core.errors import run_command
 
     if job.get("memory"):
-        watch_memory(rank)
+        watch_step(rank) if job["memory"] == "step" else watch_memory(rank)
     if job.get("limit"):
         most = status("VmData") + int(job["limit"])
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

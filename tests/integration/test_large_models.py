@@ -28,6 +28,11 @@ HPZ = {
     "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0,
     "stage3_allgather_sequential": True, "leaf_module": {"classes": ["Block"]},
 }  # fmt: skip
+"""Weights divided a second time, among each two ranks, and as many fetched as can be."""
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 1e6, "stage3_prefetch_bucket_size": 1e6, "stage3_max_live_parameters": 4e6,
+    "stage3_max_reuse_distance": 1e6, "stage3_param_persistence_threshold": 1e4,
+}  # fmt: skip
 
 
 def job(ranks: int, experiment: str, *overrides: str, model: str = "small", **more) -> dict:
@@ -69,14 +74,15 @@ def project(tmp_path_factory) -> Path:
     shutil.copytree(large, project / "checkpoints_in" / "torch")
     (project / "checkpoints_in" / "torch" / "model.safetensors").unlink()
     torch.save(model.state_dict(), project / "checkpoints_in" / "torch" / "pytorch_model.bin")
-    (project / "hpz.json").write_text(json.dumps({"zero_optimization": HPZ}))
-    (project / "hpz.yaml").write_text(yaml.safe_dump(RUN | {"deepspeed_config": "hpz.json"}))
+    for name, zero in {"hpz": HPZ, "small-buckets": SMALL_BUCKETS}.items():
+        (project / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"deepspeed_config": f"{name}.json"}))
     return project
 
 
-def hierarchical(made: dict) -> dict:
-    """With weights divided a second time, among each two ranks, and as many fetched as can be."""
-    made["args"][0] = "hpz.yaml"
+def made(config: str, made: dict) -> dict:
+    """The job with another configuration."""
+    made["args"][0] = f"{config}.yaml"
     return made
 
 
@@ -89,7 +95,8 @@ def runs(project) -> str:
         job(4, "three", *every, "export=hf", "export_every=2"),
         job(4, "again", *every, f"resume={checkpoint('three', 2)}"),
         job(2, "fewer", *every, f"resume={checkpoint('three', 2)}"),
-        hierarchical(job(4, "hierarchical", *every, "eval_interval=2")),
+        made("small-buckets", job(4, "step", "zero_stage=3", "train_iters=2", model="large", memory="step")),
+        made("hpz", job(4, "hierarchical", *every, "eval_interval=2")),
         job(2, "flat", *every, f"resume={checkpoint('hierarchical', 2)}"),
         job(4, "build", "zero_stage=3", model="large", memory=True),
         *(
@@ -176,3 +183,10 @@ def test_no_rank_holds_the_model_while_it_is_built_or_loaded(runs):
     peaks = [float(part) for part in re.findall(r"PEAK \d ([\d.]+)", runs)]
     assert len(peaks) == 16
     assert max(peaks) <= 0.35
+
+
+def test_no_rank_holds_the_model_in_a_step(runs):
+    """What forward gathers is dropped, not kept for backward: it had been nearly the whole model."""
+    peaks = [float(part) for part in re.findall(r"STEP \d ([\d.]+)", runs)]
+    assert len(peaks) == 4
+    assert max(peaks) < 0.5
