@@ -9,6 +9,7 @@ device has. Every module offers:
   `cross_entropy_(logits, labels, scale, z_loss, gradient)`,
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
 - `step_linear(x, weight, scale)`, the product of few rows, and `prepare_weight(weight)`;
+  `prepare_generation()`, once in a process that generates;
   `step_attention(qkv, kv, rows)`, its attention over the cache;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,

@@ -49,6 +49,7 @@ prepare_weight = gemv.huge_pages
 add_weight_gradient = amx_linear.add
 whole_cross_entropy = amx_linear_cross_entropy.cross_entropy
 square_sum = fused_ops.square_sum
+prepare_generation = reference.prepare_generation
 profiling = reference.profiling
 fp8_support = reference.fp8_support
 convert_to_fp8 = reference.convert_to_fp8

@@ -261,6 +261,10 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ upcast(v)).to(q.dtype)
 
 
+def prepare_generation() -> None:
+    """Readies this process for generation alone, where every call has new lengths; nothing to do here."""
+
+
 def prepare_weight(weight: Tensor) -> None:
     """Readies a weight in place for many calls of `step_linear`; here there is nothing to do."""
 

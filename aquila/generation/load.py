@@ -43,7 +43,9 @@ def load(
     if threads:
         torch.set_num_threads(threads)
     kind = device_type(device)
-    device = str(get_backend(kind).set_device(int(device.partition(":")[2] or 0)))
+    backend = get_backend(kind)
+    device = str(backend.set_device(int(device.partition(":")[2] or 0)))
+    backend.prepare_generation()
     tokenizer = load_tokenizer(model_dir)
     config = load_config(model_dir)
     if tokenizer.vocab_size > config.vocab_size:

@@ -89,9 +89,9 @@ print("\\nAQUILA-PROBE " + json.dumps(answer))
 
 _ASYNC_IO = """
 import json
-from deepspeed.ops.op_builder import AsyncIOBuilder
+from aquila.training.deepspeed.async_io import has_async_io
 
-print("\\nAQUILA-PROBE " + json.dumps({"usable": bool(AsyncIOBuilder().is_compatible())}))
+print("\\nAQUILA-PROBE " + json.dumps({"usable": has_async_io()}))
 """
 
 

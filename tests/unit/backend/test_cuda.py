@@ -69,3 +69,14 @@ def test_adamw_reads_nothing_from_the_device() -> None:
 )  # fmt: skip
 def test_peaks_by_the_whole_name(name: str, peak: float) -> None:
     assert cuda.peak_flops_of(name, torch.bfloat16) == peak * 1e12
+
+
+def test_generation_leaves_out_the_attention_that_plans_for_every_length():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        cuda.prepare_generation()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
