@@ -88,6 +88,13 @@ def test_every_command_runs_as_it_stands(project: Path, root: Path) -> None:
 
 
 def test_every_link_of_the_documents_leads_somewhere(root: Path) -> None:
-    for name in ("README.md", "README_zh.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", (root / name).read_text(encoding="utf-8")):
-            assert "://" in target or (root / target).exists(), f"{name}: {target}"
+    pages = [root / name for name in ("README.md", "README_zh.md", "CONTRIBUTING.md")]
+    for page in [*pages, *sorted((root / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_stays_short(root: Path) -> None:
+    for name in ("README.md", "README_zh.md"):
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 150, f"{name}: {len(lines)} lines; what is more belongs into docs/"
