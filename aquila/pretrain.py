@@ -79,7 +79,7 @@ def main() -> int:
     backend = get_backend(detect())
     device = backend.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     precisions = tuple(backend.supported_precisions())
-    here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM)
+    here = Device(device.type, precisions, backend.fp8_support(), backend.OVERLAP_COMM, backend.ZERO_KERNELS)
     effective = load_run_config(arguments.config, arguments.model, arguments.overrides, device=here)
     check_launched(effective)
     if effective.run.deterministic:

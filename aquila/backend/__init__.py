@@ -14,6 +14,7 @@ device has. Every module offers:
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
   `OVERLAP_COMM` whether gradients are reduced during backward by default,
+  `ZERO_KERNELS` whether DeepSpeed has kernels of its own here,
   `TAKES_PARTS` whether operators take a part of a tensor's last dimension without a copy of it,
   `KEPT` how operators keep activations (fields of `planning.memory.Setup`),
   `DETERMINISTIC` the variables of `make_deterministic()`, after which results are the same bit for bit,

@@ -29,6 +29,7 @@ COMMUNICATION = "gloo"
 COMPILE_BLOCKS = False
 LOGITS_BYTES = reference.LOGITS_BYTES
 OVERLAP_COMM = True
+ZERO_KERNELS = False
 TAKES_PARTS = True
 KEPT = {"one_pass": 1, "statistics": 4}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {}

@@ -20,6 +20,7 @@ COMMUNICATION = "nccl"
 COMPILE_BLOCKS = True
 LOGITS_BYTES = {2: 1 << 30, 4: 1 << 30, 8: 1 << 30}
 OVERLAP_COMM = True
+ZERO_KERNELS = True
 TAKES_PARTS = True
 SQUARES = 1024  # summed in fp32
 KEPT = {"one_pass": 0, "statistics": 4, "logits_bytes": LOGITS_BYTES[2]}

@@ -29,6 +29,7 @@ LOGITS_BYTES = reference.LOGITS_BYTES
 # DeepSpeed 0.19 orders its reduction stream by the same waits as on CUDA. Still, gradients that turned NaN in
 # mid-run over several Ascend nodes have been laid to overlap (LlamaFactory #5627, #8439); not settled here.
 OVERLAP_COMM = False
+ZERO_KERNELS = False
 TAKES_PARTS = False
 KEPT = {"one_pass": 1, "statistics": 64}
 DETERMINISTIC: dict[str, tuple[str, ...]] = {

@@ -138,6 +138,7 @@ LOGITS_BYTES = {2: 200 << 20, 4: 150 << 20, 8: 300 << 20}
 """Bytes of a chunk of logits, by bytes of a number. Half precision gets more, because fewer chunks mean fewer
 roundings of its weight gradient."""
 OVERLAP_COMM = True
+ZERO_KERNELS = False
 TAKES_PARTS = True
 KEPT = {"one_pass": 0, "statistics": 4}
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}

@@ -87,10 +87,10 @@ def offload_device(zero: dict[str, Any], what: str) -> str:
     return given.get("device", "cpu" if old else "none")
 
 
-def check_zero(zero: dict[str, Any], stage: int, device: str | None) -> list[str]:
+def check_zero(zero: dict[str, Any], stage: int, without_kernels: str | None) -> list[str]:
     """Keys that need one another, a stage or a device; returns lines on those without effect.
 
-    device: its type, None when not known. Raises `UserError`.
+    without_kernels: the device's type, if DeepSpeed has no kernels of its own for it. Raises `UserError`.
     """
     for what in ("optimizer", "param"):
         place, where = offload_device(zero, what), f"zero_optimization.offload_{what}"
@@ -103,9 +103,10 @@ def check_zero(zero: dict[str, Any], stage: int, device: str | None) -> list[str
         if not zero[f"offload_{what}"].get("nvme_path"):
             raise UserError(f"{where}: device nvme needs nvme_path, a folder on a local disk of every node")
     quantized = [key for key in zero if key.startswith("zero_quantized_") and zero[key]]
-    if quantized and device not in (None, "cuda"):
+    if quantized and without_kernels:
         raise UserError(
-            f"zero_optimization.{quantized[0]}: DeepSpeed's kernels for it are CUDA; this is {device}"
+            f"zero_optimization.{quantized[0]}: DeepSpeed's kernels for it are CUDA; this is "
+            f"{without_kernels}"
         )
     if stage == 3 and zero.get("elastic_checkpoint"):
         raise UserError("zero_optimization.elastic_checkpoint goes with zero_stage 1 or 2")

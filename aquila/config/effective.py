@@ -31,6 +31,8 @@ class Device(NamedTuple):
     """One of `FP8_RUNS`, or why linear layers in float8 cannot run and what to do."""
     overlap_comm: bool = True
     """Whether gradients are reduced during backward unless the user says otherwise."""
+    zero_kernels: bool = True
+    """Whether DeepSpeed has kernels of its own for it."""
 
 
 class Setting(NamedTuple):
@@ -139,7 +141,8 @@ def load_run_config(
     )
     _cross_check(effective, json_file)
     zero = effective.deepspeed.get("zero_optimization", {})
-    effective.notes.extend(check_zero(zero, run.zero_stage, device.type if device else None))
+    without_kernels = device.type if device and not device.zero_kernels else None
+    effective.notes.extend(check_zero(zero, run.zero_stage, without_kernels))
     if run.fp8:
         _check_fp8(effective, device)
     return effective

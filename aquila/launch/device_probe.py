@@ -58,6 +58,7 @@ print("\\nAQUILA-PROBE " + json.dumps({
     "precisions": list(backend.supported_precisions()),
     "fp8": backend.fp8_support(),
     "overlap_comm": backend.OVERLAP_COMM,
+    "zero_kernels": backend.ZERO_KERNELS,
     "kept": backend.KEPT,
     "blockwise": why_not_blockwise(versions.get("deepspeed") or "of an unknown release") is None,
     "memory": total,
@@ -100,7 +101,8 @@ def probe_devices(timeout: float = 120.0) -> dict[str, Any]:
     """This machine's devices and versions.
 
     Keys: device (its type), count, name, precisions, fp8 (how float8 layers run, or why they cannot),
-    overlap_comm (whether gradients are reduced during backward by default), kept (how its operators keep
+    overlap_comm (whether gradients are reduced during backward by default),
+    zero_kernels (whether DeepSpeed has kernels of its own for it), kept (how its operators keep
     activations, for `planning.memory`),
     blockwise (whether the installed DeepSpeed takes the project's optimizer step),
     memory and memory_free (bytes: of the first accelerator, on a CPU machine of the whole machine),

@@ -152,7 +152,11 @@ def _configuration(
     if checked.devices:
         found = checked.devices
         device = Device(
-            found["device"], tuple(found["precisions"]), found["fp8"], found.get("overlap_comm", True)
+            found["device"],
+            tuple(found["precisions"]),
+            found["fp8"],
+            found.get("overlap_comm", True),
+            found.get("zero_kernels", True),
         )
     checked.merged = load_run_config(config, model, overrides, device=device, root=root)
     if checked.nodes:

@@ -89,6 +89,7 @@ def test_what_works_is_let_through():
     zero = {"zero_hpz_partition_size": 2, "offload_param": CPU, "zero_quantized_weights": False}
     assert tables.check_zero(zero, 3, "cpu") == []
     assert tables.check_zero({"cpu_offload": True, "offload_optimizer": CPU}, 2, "npu") == []
+    assert tables.check_zero({"zero_quantized_weights": True}, 3, None) == []
     assert tables.offload_device({"cpu_offload": True}, "optimizer") == "cpu"
 
 
