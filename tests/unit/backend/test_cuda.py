@@ -39,6 +39,31 @@ def test_adamw_as_it_is_compiled(dtype: torch.dtype) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-2 if narrow else 1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_int8_times_one_row_is_the_definition(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 96, generator=g).to(dtype)
+    weight = torch.randint(-127, 128, (40, 96), generator=g, dtype=torch.int8)
+    scale = torch.rand(40, generator=g) / 127
+    ours = cuda.int8_row_(x, weight, scale)
+    exact = (x.double() @ weight.double().t() * scale.double()).to(dtype)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_which_products_of_a_generation_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of int8 where there is a compiler; all else is the definition's."""
+    compiled = []
+    monkeypatch.setattr(cuda, "_compiled", lambda function, dynamic: compiled.append(function) or function)
+    weight, scale = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
+    for here, rows, given in [(True, 1, scale), (True, 2, scale), (True, 1, None), (False, 1, scale)]:
+        monkeypatch.setattr(cuda, "_compiles", lambda here=here: here)
+        x = torch.ones(rows, 8)
+        out = cuda.step_linear(x, weight if given is not None else weight.float(), given)
+        assert torch.equal(out, torch.full((rows, 4), 8.0))
+    assert compiled == [cuda.int8_row_]
+
+
 class Reads(TorchDispatchMode):
     """Counts values that the host reads from tensors: on a device each waits for all that was queued."""
 
