@@ -37,8 +37,9 @@ from aquila.tokenizer import has_tokenizer, load_tokenizer
 from aquila.training.checkpoint import Checkpointer
 from aquila.training.console import say
 from aquila.training.deepspeed.config import PRECISIONS, parameter_groups
-from aquila.training.deepspeed.engine import Engine, processes
+from aquila.training.deepspeed.engine import Engine
 from aquila.training.deepspeed.muon import make_muon
+from aquila.training.deepspeed.processes import processes
 from aquila.training.deepspeed.ranks import on_first_rank
 from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH

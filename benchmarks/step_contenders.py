@@ -62,7 +62,8 @@ def ours(settings: SimpleNamespace, stack: ExitStack, fp8: str = "") -> tuple[St
         import deepspeed  # noqa: F401
     except ImportError:
         return ours_alone(settings)
-    from aquila.training.deepspeed.engine import Engine, processes
+    from aquila.training.deepspeed.engine import Engine
+    from aquila.training.deepspeed.processes import processes
 
     folder = Path(stack.enter_context(TemporaryDirectory()))
     (folder / "config.json").write_text(settings.config.model_dump_json(exclude_defaults=True))

@@ -62,7 +62,8 @@ def rank(accumulation: int, exchange: bool) -> None:
     from aquila.model import AquilaModel
     from aquila.training.deepspeed import zero_step
     from aquila.training.deepspeed.config import parameter_groups
-    from aquila.training.deepspeed.engine import Engine, processes
+    from aquila.training.deepspeed.engine import Engine
+    from aquila.training.deepspeed.processes import processes
 
     if not exchange:
         zero_step.can_exchange = lambda zero: False

@@ -13,6 +13,7 @@ from torch import Tensor
 from aquila.backend import get_backend
 from aquila.backend.reference import StepRows
 from aquila.generation.cache import RowCache
+from aquila.generation.int8 import memory_of
 from aquila.model import AquilaModel
 from aquila.model.linear import join_products
 
@@ -24,9 +25,11 @@ class DecodeStep:
         self.model = model
         join_products(model, copy=True)
         backend = get_backend(model.tok_embeddings.weight.device.type)
-        for matrix in (*model.parameters(), *model.buffers()):
-            if matrix.dim() == 2:
-                backend.prepare_weight(matrix)
+        for layer in model.layers:
+            parts = (layer.attention, layer.feed_forward)
+            for matrix in (*(part.whole for part in parts), parts[0].wo, parts[1].w2):
+                backend.prepare_weight(memory_of(matrix))
+        backend.prepare_weight(memory_of(model.output))
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: RowCache) -> Tensor:

@@ -57,6 +57,13 @@ class Int8Linear(nn.Module):
         return product(x.reshape(rows, -1).contiguous(), self.int8, self.scale).view(*x.shape[:-1], -1)
 
 
+def memory_of(matrix: Tensor | nn.Module) -> Tensor:
+    """What is read for a product with `matrix`: itself, or a linear layer's weight as it is held."""
+    if isinstance(matrix, Int8Linear):
+        return matrix.int8
+    return matrix if isinstance(matrix, Tensor) else matrix.weight
+
+
 @torch.no_grad()
 def quantize(model: AquilaModel) -> None:
     """Replaces every matrix of the layers and the output matrix by its int8 form, one after the other."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import uuid
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,16 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-class NodeProbe:
+class NodeProbe(ABC):
     """The questions of the preflight, as requests to an agent. Mixed into `agent.Agent`."""
 
     def __init__(self) -> None:
         self.listener: socket.socket | None = None
         self.token: Path | None = None
 
+    @abstractmethod
     def send(self, event: str, **fields: Any) -> None:
         """As `agent.Agent.send`."""
-        raise NotImplementedError
 
     def on_probe(
         self, paths: list[str], output: str, devices: bool, slots: int, environment: dict[str, str]

@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from aquila.config.run import LmEval
 from aquila.core.checkpoints import step_of
+from aquila.training.checkpoint_worker import CheckpointWorker
 from aquila.training.console import say
-from aquila.training.export import link_checkpoint, one_thread
 
 FOLDER = "lm_eval"
 """In the run folder: what the harness itself writes, by step."""
@@ -22,48 +19,32 @@ Scores = dict[str, float]
 """`task/metric` to its value."""
 
 
-class LmEvaluator:
-    """Scores every checkpoint whose step is a multiple of `config.every`, one after the other. Rank 0 alone.
+class LmEvaluator(CheckpointWorker):
+    """Scores every checkpoint whose step is a multiple of `config.every`, exported for transformers.
 
-    Each is exported for transformers and scored by processes of their own, in a line that training does not
-    wait for; the checkpoint may be dropped meanwhile. What fails is a warning, with the log's place.
-    told(step, scores): called from a thread of its own.
+    What fails is a warning, with the log's place. told(step, scores): called from a thread of its own.
     """
 
+    NAME, DONE = "lm_eval", "scored"
+
     def __init__(self, run_dir: Path, config: LmEval, told: Callable[[int, Scores], None]) -> None:
-        self._folder = run_dir / FOLDER
-        self._log = run_dir / "logs" / "lm_eval.log"
+        super().__init__(run_dir / FOLDER, run_dir / "logs" / "lm_eval.log")
         self._config, self._told = config, told
-        self._line = ThreadPoolExecutor(1, thread_name_prefix="lm_eval")
-        self._waiting: list[Future] = []
-        for left in self._folder.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        # Local tasks: nothing is looked for elsewhere.
+        local = config.include_path is not None
+        self._variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if local else {}
 
-    def __call__(self, checkpoint: Path) -> None:
-        """A checkpoint has been finished."""
-        if step_of(checkpoint) % self._config.every:
-            return
-        source = self._folder / f".{checkpoint.name}.source"
-        try:
-            link_checkpoint(checkpoint, source)
-        except OSError as error:
-            say(f"warning: {checkpoint} is not scored: {error}")
-            return
-        self._waiting.append(self._line.submit(self._score, source, step_of(checkpoint)))
+    def _wants(self, checkpoint: Path) -> bool:
+        return step_of(checkpoint) % self._config.every == 0
 
-    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Until the line is empty. alive: called every second meanwhile."""
-        while wait(self._waiting, timeout=1).not_done:
-            alive()
-        self._waiting.clear()
-
-    def _score(self, source: Path, step: int) -> None:
+    def _work(self, source: Path, name: str) -> None:
+        step = step_of(Path(name))
         exported = source.with_suffix(".hf")
         try:
             shutil.rmtree(exported, ignore_errors=True)
             convert = ["aquila.convert", "--to", "hf", "--input", str(source), "--output", str(exported)]
             output = self._folder / f"step-{step:08d}"
-            status = self._run(convert) or self._run(self._harness(exported, output))
+            status = self._run(convert) or self._run(self._harness(exported, output), **self._variables)
             if status:
                 say(f"warning: step {step} was not scored by lm_eval (status {status}); see {self._log}")
                 return
@@ -89,20 +70,6 @@ class LmEvaluator:
             if (value := getattr(config, key)) is not None:
                 command += [f"--{key}", str(value)]
         return command
-
-    def _run(self, words: list[str]) -> int:
-        self._log.parent.mkdir(exist_ok=True)
-        environment = one_thread()
-        if self._config.include_path is not None:  # local tasks: nothing is looked for elsewhere
-            environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment
-        with self._log.open("ab") as log:
-            return subprocess.run(
-                [sys.executable, "-m", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            ).returncode
 
 
 def read_scores(output: Path) -> Scores:

@@ -28,7 +28,7 @@ def imports() -> None:
 
     torch.set_num_threads(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from aquila.training.deepspeed.engine import quiet_libraries
+    from aquila.training.deepspeed.processes import quiet_libraries
 
     quiet_libraries()
     import deepspeed  # noqa: F401

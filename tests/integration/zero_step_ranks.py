@@ -28,7 +28,8 @@ from aquila.config import Device, EffectiveConfig, load_run_config
 from aquila.pretrain import build_model
 from aquila.training.deepspeed import zero_step
 from aquila.training.deepspeed.config import parameter_groups
-from aquila.training.deepspeed.engine import Engine, processes
+from aquila.training.deepspeed.engine import Engine
+from aquila.training.deepspeed.processes import processes
 
 STEPS = 6
 

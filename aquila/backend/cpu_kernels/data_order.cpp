@@ -1,6 +1,7 @@
 // The data order's long loops: shuffling as NumPy's RandomState does, and a blend that goes on from any place.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 namespace {
@@ -66,12 +67,13 @@ extern "C" void shuffle(uint32_t* x, int64_t count, uint32_t* key, int64_t* plac
 // starts (samples, 2): where sample i, which begins at token i * seq_length of the documents laid end to end in their
 // order, begins: the document's place in the order, and the token in it. Returns the tokens of all documents, or -1
 // where one has less than none.
-extern "C" int64_t sample_starts(const int32_t* lengths, const int32_t* documents, int64_t count, int64_t seq_length,
+extern "C" int64_t sample_starts(const char* lengths, const int32_t* documents, int64_t count, int64_t seq_length,
                                  int32_t* starts, int64_t samples) {
     int64_t begin = 0, sample = 0, next = 0;
     for (int64_t at = 0; at < count; at++) {
-        if (at + AHEAD < count) __builtin_prefetch(lengths + documents[at + AHEAD]);
-        const int64_t length = lengths[documents[at]];
+        if (at + AHEAD < count) __builtin_prefetch(lengths + 4 * int64_t(documents[at + AHEAD]));
+        int32_t length;  // lengths lie in a mapped `.idx` file behind a header of 34 bytes: at odd addresses
+        std::memcpy(&length, lengths + 4 * int64_t(documents[at]), sizeof length);
         if (length < 0) return -1;
         for (; sample < samples && next < begin + length; sample++, next += seq_length) {
             starts[2 * sample] = int32_t(at);

@@ -1,4 +1,4 @@
-"""The long loops of the data order, compiled; without a compiler NumPy's and Megatron's own.
+"""The long loops of the data order, compiled; without a compiler NumPy and plain Python.
 
 They change nothing but time: an order is the same bit for bit, whoever computes it.
 """

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -35,7 +36,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(BaseModel, ABC):
     """What both kinds of request may say. Values that are absent are those of the command line."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -73,17 +74,17 @@ class _Request(BaseModel):
             raise ValueError(f"must be at most {MAX_STOPS} strings, none of them empty")
         return value
 
+    @abstractmethod
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, as text or as token ids."""
-        raise NotImplementedError
 
     def asked_tokens(self) -> int | None:
         """The longest answer that the client wants, in tokens, where it says so."""
         return self.max_tokens
 
+    @abstractmethod
     def usual_tokens(self, room: int) -> int:
         """The same where it does not, in a context with `room` tokens left."""
-        raise NotImplementedError
 
     def stops(self, default: tuple[str, ...]) -> tuple[str, ...]:
         """Texts that end an answer; `default` are the command line's."""

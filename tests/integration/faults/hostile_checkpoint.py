@@ -23,7 +23,7 @@ from aquila.core.checkpoints import MANIFEST, STATE, fingerprint
 from aquila.core.errors import UserError
 from aquila.model import AquilaModel
 from aquila.tokenizer import load_tokenizer
-from aquila.training.deepspeed.engine import processes
+from aquila.training.deepspeed.processes import processes
 
 
 class Call:

@@ -43,6 +43,15 @@ def answer(connection):
     return b"".join(parts)
 
 
+def first_answer(connection):
+    """One whole answer of a connection that stays open."""
+    connection.settimeout(20)
+    got = connection.recv(4096)
+    while b"ok" not in got:
+        got += connection.recv(4096)
+    return got
+
+
 def test_a_head_that_never_ends_is_answered_with_408_however_slowly_it_grows(address):
     with socket.create_connection(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nX-a: ")
@@ -57,11 +66,7 @@ def test_a_head_that_never_ends_is_answered_with_408_however_slowly_it_grows(add
 def test_a_long_answer_and_a_second_request_are_not_cut(address):
     with socket.create_connection(address) as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
-        connection.settimeout(20)
-        first = connection.recv(4096)
-        while b"ok" not in first:
-            first += connection.recv(4096)
-        assert first.startswith(b"HTTP/1.1 200")
+        assert first_answer(connection).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /again HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert answer(connection).startswith(b"HTTP/1.1 200")
 
@@ -69,9 +74,6 @@ def test_a_long_answer_and_a_second_request_are_not_cut(address):
 def test_a_second_head_that_never_ends_is_closed_too(address):
     with socket.create_connection(address) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        connection.settimeout(20)
-        got = connection.recv(4096)
-        while b"ok" not in got:
-            got += connection.recv(4096)
+        first_answer(connection)
         connection.sendall(b"GET /x HTTP/1.1\r\nX: ")
         assert answer(connection).startswith(b"HTTP/1.1 408")
