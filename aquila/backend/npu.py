@@ -2,8 +2,7 @@
 
 No NPU was at hand: these calls are tested against the operators' schemas, against CPU kernels of their
 documented meaning, and traced through torch_npu's own meta and autograd code. Their numerics, their speed
-and HCCL have not run on a device. The documented limits are checked here, because torch_npu's shape
-functions hardly check them.
+and HCCL have not run on a device. Every call goes through `_call`, which holds it to the documented limits.
 """
 
 import re
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from aquila.backend import common, reference
+from aquila.backend import common, npu_limits, reference
+from aquila.backend.npu_limits import COMPRESSED_MASK, RIGHT_DOWN_CAUSAL, SIZES
 from aquila.backend.reference import TRIANGLE_BLOCK
 from aquila.core.errors import UserError
 
@@ -61,13 +61,9 @@ prepare_weight = reference.prepare_weight
 step_linear = reference.step_linear
 whole_cross_entropy = reference.whole_cross_entropy
 
-_COMPRESSED_MASK = 2048  # the causal sparse modes take a mask of this size, whatever the sequence length
-_RIGHT_DOWN_CAUSAL = 3
-_SOFTMAX_MIN, _SOFTMAX_MAX, _SOFTMAX_STEP = 32, 4096, 32
-_ROTARY_HEAD_LIMIT = 896
-_ROTARY_ROWS_LIMIT = 1000  # batch times heads, interleaved
-_PACKED_DOCUMENTS, _PACKED_TOKENS = 1024, 1 << 20
-_HEADS_LIMIT, _HEAD_SIZE_LIMIT = 256, 768
+_SOFTMAX_KEYS = SIZES["npu_scaled_masked_softmax"]["keys"]
+_PACKED_DOCUMENTS = SIZES["npu_fusion_attention"]["packed documents"].high
+_ROTARY_ROWS = SIZES["npu_rotary_mul"]["batch x heads"]
 _SUM_ROW = 512  # squares summed plainly
 _FP16_SCORE = 1024.0  # the original's bound of a score in fp16
 # Names of the first generation, as torch_npu lists them. By the vendor's product tables it lacks bf16,
@@ -97,6 +93,12 @@ def __getattr__(name: str):
     if name == "SAVED_IN_SELECTIVE":
         return (torch.ops.npu.npu_fusion_attention.default, torch.ops.npu.npu_scaled_masked_softmax.default)
     raise AttributeError(name)
+
+
+def _call(operator: str, *arguments: Any, **options: Any) -> Any:
+    """torch_npu's operator. Raises `ValueError` for what leaves its documented limits."""
+    npu_limits.check(operator, *arguments, **options)
+    return getattr(torch.ops.npu, operator)(*arguments, **options)
 
 
 # ---- attention -------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None, start: 
     if documents is not None:
         mask = ~reference.visible(q.shape[1], start, documents, q.device)[:, None]  # (B, 1, S, T)
     elif q.shape[1] > 1:
-        mask, mode = _compressed_mask(q.device), _RIGHT_DOWN_CAUSAL
+        mask, mode = _compressed_mask(q.device), RIGHT_DOWN_CAUSAL
     return fusion_attention(q, k, v, layout="BSND", atten_mask=mask, sparse_mode=mode)
 
 
@@ -155,7 +157,7 @@ def _fused_packed(q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
                 *(x[rows] for x in packed),
                 layout="TND",
                 atten_mask=mask,
-                sparse_mode=_RIGHT_DOWN_CAUSAL,
+                sparse_mode=RIGHT_DOWN_CAUSAL,
                 ends=[end - begin for end in group],
             )
         )
@@ -166,7 +168,7 @@ def _fused_packed(q: Tensor, k: Tensor, v: Tensor, ends: list[int]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _compressed_mask(device: torch.device) -> Tensor:
-    return torch.ones(_COMPRESSED_MASK, _COMPRESSED_MASK, dtype=torch.bool, device=device).triu(diagonal=1)
+    return torch.ones(COMPRESSED_MASK, COMPRESSED_MASK, dtype=torch.bool, device=device).triu(diagonal=1)
 
 
 def document_ends(documents: Tensor) -> list[int]:
@@ -193,45 +195,14 @@ def fusion_attention(
     sparse_mode: int,
     ends: list[int] | None = None,
 ) -> Tensor:
-    """`npu_fusion_attention` within its documented limits. `ends`: cumulative lengths, for layout TND.
-
-    Raises `ValueError` for what the kernel would compute wrongly or refuse without a word.
-    """
-    if layout not in ("BSND", "TND"):
-        raise ValueError(f"npu_fusion_attention: layout '{layout}' is not one of BSND, TND")
-    q_heads, kv_heads = q.shape[-2], k.shape[-2]
-    if q_heads % kv_heads:
-        raise ValueError(
-            f"npu_fusion_attention: {q_heads} query heads are no multiple of {kv_heads} key heads"
-        )
-    if q_heads > _HEADS_LIMIT or q.shape[-1] > _HEAD_SIZE_LIMIT:
-        raise ValueError(
-            f"npu_fusion_attention: {q_heads} heads of size {q.shape[-1]}; at most {_HEADS_LIMIT} of "
-            f"{_HEAD_SIZE_LIMIT}"
-        )
-    if atten_mask is None and sparse_mode:
-        raise ValueError("npu_fusion_attention: without atten_mask sparse_mode is ignored: not causal at all")
-    if atten_mask is not None and atten_mask.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"npu_fusion_attention: atten_mask is {atten_mask.dtype}, must be bool or uint8")
-    if sparse_mode in (2, 3) and tuple(atten_mask.shape) != (_COMPRESSED_MASK, _COMPRESSED_MASK):
-        raise ValueError(f"npu_fusion_attention: sparse_mode {sparse_mode} needs a 2048 x 2048 mask")
-    if (layout == "TND") != (ends is not None):
-        raise ValueError("npu_fusion_attention: cumulative lengths belong to layout TND, and to it alone")
-    if ends is not None and (
-        ends[-1] != q.shape[0] or any(b <= a for a, b in zip([0, *ends], ends, strict=False))
-    ):
-        raise ValueError(f"npu_fusion_attention: lengths must rise to {q.shape[0]}, got {ends[:8]} ...")
-    if ends is not None and (len(ends) > _PACKED_DOCUMENTS or ends[-1] > _PACKED_TOKENS):
-        raise ValueError(
-            f"npu_fusion_attention: {len(ends)} documents of {ends[-1]} tokens in one call; at most "
-            f"{_PACKED_DOCUMENTS} of {_PACKED_TOKENS}"
-        )
+    """`npu_fusion_attention`. `ends`: cumulative lengths, for layout TND."""
     lengths = {} if ends is None else {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
-    return torch.ops.npu.npu_fusion_attention(
+    return _call(
+        "npu_fusion_attention",
         q,
         k,
         v,
-        q_heads,
+        q.shape[-2],
         layout,
         atten_mask=atten_mask,
         scale=q.shape[-1] ** -0.5,
@@ -246,11 +217,11 @@ def _padded_triangle(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, 
 
     Heads are repeated and turned to the front once, not in every block. Beyond 4096 keys: plain torch.
     """
-    if block % _SOFTMAX_STEP:
-        raise ValueError(f"triangle block {block} must be a multiple of {_SOFTMAX_STEP} on this device")
+    if block % _SOFTMAX_KEYS.step:
+        raise ValueError(f"triangle block {block} must be a multiple of {_SOFTMAX_KEYS.step} on this device")
     length = q.shape[1]
-    extra = -length % _SOFTMAX_STEP
-    if length + extra > _SOFTMAX_MAX:
+    extra = -length % _SOFTMAX_KEYS.step
+    if length + extra > _SOFTMAX_KEYS.high:
         attend = common.narrow_attention
         return reference.triangle_attention(q, k, v, documents=documents, block=block, attend=attend)
     hidden = _hidden(documents, block) if documents is not None else _future(length + extra, block, q.device)
@@ -283,7 +254,7 @@ def _hidden(documents: Tensor, block: int) -> list[Tensor]:
     """As `_future`, and other documents: bool (B, 1, S, T), of the padded sequence."""
     made = _MASKS.setdefault(documents, {})
     if block not in made:
-        extra = -documents.shape[1] % _SOFTMAX_STEP
+        extra = -documents.shape[1] % _SOFTMAX_KEYS.step
         padded = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1) if extra else documents
         length, made[block] = padded.shape[1], []
         for first in range(0, length, block):
@@ -294,15 +265,8 @@ def _hidden(documents: Tensor, block: int) -> list[Tensor]:
 
 
 def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """`npu_scaled_masked_softmax` within its documented limits: x (B, H, S, T), mask bool, True = hidden."""
-    if mask.dtype != torch.bool:
-        raise ValueError(f"npu_scaled_masked_softmax: the mask is {mask.dtype}, must be bool")
-    for size in x.shape[-2:]:
-        if not _SOFTMAX_MIN <= size <= _SOFTMAX_MAX or size % _SOFTMAX_STEP:
-            raise ValueError(
-                f"npu_scaled_masked_softmax: {tuple(x.shape[-2:])} must lie in 32 to 4096, in steps of 32"
-            )
-    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, False)
+    """`npu_scaled_masked_softmax`: x (B, H, S, T), mask bool, True = hidden."""
+    return _call("npu_scaled_masked_softmax", x, mask, scale, False)
 
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
@@ -310,15 +274,11 @@ def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`; the kernel wants its weight in the input's dtype."""
-    return torch.ops.npu.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+    return _call("npu_rms_norm", x, weight.to(x.dtype), eps)[0]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rotary`, interleaved, in fp32."""
-    if x.shape[-1] % 2 or x.shape[-1] >= _ROTARY_HEAD_LIMIT:
-        raise ValueError(
-            f"npu_rotary_mul: head size {x.shape[-1]} must be even and under {_ROTARY_HEAD_LIMIT}"
-        )
     return _Rotary.apply(x, *_pairs(cos, sin))
 
 
@@ -349,11 +309,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, S, H, D) turned by angles (1 or B, S, 1, D)."""
     rows, _, heads, _ = x.shape
     inner, angles = reference.upcast(x), [cos, sin]
-    if cos.shape[0] > 1 or rows * heads >= _ROTARY_ROWS_LIMIT:
+    if cos.shape[0] > 1 or rows * heads not in _ROTARY_ROWS:
         # The kernel spreads angles over heads and a few rows, and takes no batch of angles: one long row.
         angles = [table.expand(rows, -1, -1, -1).flatten(0, 1)[None] for table in angles]
         inner = inner.flatten(0, 1)[None]
-    return torch.ops.npu.npu_rotary_mul(inner, *angles, "interleave").view(x.shape).to(x.dtype)
+    return _call("npu_rotary_mul", inner, *angles, "interleave").view(x.shape).to(x.dtype)
 
 
 def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:
@@ -368,7 +328,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_halves(gate_up: Tensor) -> Tensor:
     """As `reference.swiglu_halves`."""
-    return torch.ops.npu.npu_swiglu(gate_up, -1)
+    return _call("npu_swiglu", gate_up.contiguous(), -1)
 
 
 def cross_entropy_(
@@ -379,7 +339,7 @@ def cross_entropy_(
     Its own gradient allows no option to differ from the default; ours is made here, so none has to.
     """
     x, index = reference.upcast(logits), labels[:, None]
-    losses, log_probabilities, _, _ = torch.ops.npu.npu_cross_entropy_loss(x, labels, reduction="none")
+    losses, log_probabilities, _, _ = _call("npu_cross_entropy_loss", x, labels, reduction="none")
     lse = x.gather(1, index) - log_probabilities.gather(1, index)
     if gradient:
         grad_logits = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aquila.backend import npu
+from aquila.backend import npu, npu_limits
 from aquila.config import ModelConfig
 from aquila.planning.memory import TrainingSetup, layer_activations
 from tests.integration.launch_helpers import (
@@ -25,7 +25,7 @@ from tests.integration.launch_helpers import (
     wait_for,
 )
 from tests.integration.training_runs import exact, make_project, metrics
-from tests.npu_simulator import cann
+from tests.npu_simulator import cann, recorded
 
 RUNS = Path(cann.__file__).with_name("runs.py")
 SHORT = ("train_iters=3", "eval_interval=2", "save_interval=100", "gradient_accumulation_steps=1")
@@ -68,9 +68,20 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory) -> dict[str, str]:
+def machine(tmp_path_factory) -> dict[str, str]:
     """Environment variables of a machine with two NPUs."""
     return cann.build(tmp_path_factory.mktemp("npu"), npus=2)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """The folder in which the test's processes say what they launched."""
+    return tmp_path / "record"
+
+
+@pytest.fixture
+def simulated(machine: dict[str, str], record: Path) -> dict[str, str]:
+    return {**machine, "AQUILA_SIMULATED_RECORD": str(record)}
 
 
 def free_ports(count: int) -> list[str]:
@@ -153,7 +164,19 @@ def assert_same_losses(project: Path, name: str) -> None:
         assert ours
 
 
-def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: dict[str, str]) -> None:
+def assert_within_limits(record: Path, *operators: str) -> None:
+    """Every call that was made keeps what the vendor documents; these operators were among them."""
+    seen = set()
+    for name, arguments in recorded.calls(record):
+        if name in npu_limits.CHECKS:
+            npu_limits.check(name, **arguments)
+            seen.add(name)
+    assert seen >= {"npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_cross_entropy_loss", *operators}
+
+
+def test_one_rank_trains_stops_resumes_and_generates(
+    project: Path, simulated: dict[str, str], record: Path
+) -> None:
     stopped = pretrain("{device}-stopped", (*ONE_RANK["one-zero2"], "exit_interval=2"))
     run = "checkpoints_out/{device}-one-zero2/0"
     generate = [str(ROOT / "generate.py"), "--model-dir", run, "--prompt", "On Friday", "--json"]
@@ -168,6 +191,7 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
     assert exact(metrics(project, "npu-stopped")) == exact(metrics(project, "npu-one-zero2"))
     answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
     assert answers[0] == answers[1]
+    assert_within_limits(record, "npu_fusion_attention", "npu_scaled_masked_softmax")
 
 
 @pytest.mark.parametrize(
@@ -178,10 +202,13 @@ def test_one_rank_trains_stops_resumes_and_generates(project: Path, simulated: d
         pytest.param(2, MORE_ON_TWO_RANKS, id="more on two ranks", marks=pytest.mark.slow),
     ],
 )
-def test_losses_are_the_cpus(project: Path, simulated: dict[str, str], ranks: int, runs: dict) -> None:
+def test_losses_are_the_cpus(
+    project: Path, simulated: dict[str, str], record: Path, ranks: int, runs: dict
+) -> None:
     npu, cpu = on_both(project, simulated, runs, ranks)
     for name in runs:
         assert_same_losses(project, name)
+    assert_within_limits(record, "npu_fusion_attention")
     if runs is TWO_RANKS:
         assert npu.count("HCCL_DETERMINISTIC=true") == 1
         assert "HCCL_DETERMINISTIC" not in cpu
@@ -241,7 +268,7 @@ def test_the_vendors_fused_adamw_breaks_the_contract_and_the_default_keeps_it(si
     code = """if True:
     import types, torch, torch_npu
     from aquila.acceptance.optimizer import contract_error
-    from aquila.backend import npu
+    from aquila.backend import npu, npu_limits
     def vendors(kind, params, lr, betas, eps, decay):
         return torch_npu.optim.NpuFusedAdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=decay)
     print(contract_error(npu, torch.device("npu:0"), "auto"))

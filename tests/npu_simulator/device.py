@@ -50,19 +50,42 @@ _libraries: list[torch.library.Library] = []
 
 @dataclass
 class Launches:
-    """Of one operator: how often, bytes of device tensors read and written, dtypes and shapes met."""
+    """Of one operator: how often, bytes of device tensors read and written, dtypes met, and distinct calls.
+
+    `calls`, of torch_npu's own operators alone: as `written` has them.
+    """
 
     count: int = 0
     bytes: int = 0
     dtypes: set[str] = field(default_factory=set)
-    shapes: set[str] = field(default_factory=set)
+    calls: set[str] = field(default_factory=set)
 
 
 LAUNCHED: dict[str, Launches] = {}
 _recording = threading.Lock()
 
 
-def record(name: str, tensors: list[Tensor]) -> None:
+def written(operator: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    """A call as JSON, by the operator's own names and without its defaults; tensors by shape and dtype."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            return {"shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype}
+        return value if isinstance(value, int | float | str | None) else str(value)
+
+    schema = operator._schema.arguments
+    given = {**{x.name: value for x, value in zip(schema, args, strict=False)}, **kwargs}
+    defaults = {x.name: x.default_value for x in schema if x.has_default_value()}
+    said = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, Tensor) or name not in defaults or value != defaults[name]
+    }
+    return json.dumps(tree_map(known, said))
+
+
+def record(name: str, tensors: list[Tensor], call: str | None = None) -> None:
     """Counts one launch of `name` over these tensors of the device."""
     dtypes = ",".join(str(t.dtype).removeprefix("torch.") for t in tensors)
     with _recording:
@@ -70,8 +93,8 @@ def record(name: str, tensors: list[Tensor]) -> None:
         launches.count += 1
         launches.bytes += sum(t.numel() * t.element_size() for t in tensors)
         launches.dtypes.add(dtypes)
-        if name.startswith("npu::"):
-            launches.shapes.add(" ".join(str(list(t.shape)) for t in tensors))
+        if call is not None:
+            launches.calls.add(call)
 
 
 def host(tensor: Tensor) -> Tensor:
@@ -114,6 +137,7 @@ def on_host(operator: Any) -> Callable:
                 return alias
             return value
 
+        call = written(operator, args, kwargs) if name.startswith("npu::") else None
         args, kwargs = tree_map(down, (args, kwargs))
         wanted = kwargs.get("device")
         target = torch.device(wanted if wanted is not None else "npu")
@@ -141,7 +165,7 @@ def on_host(operator: Any) -> Callable:
             return made
 
         result = tree_map(up, result)
-        record(f"{name} to the host" if target.type != "npu" else name, inputs)
+        record(f"{name} to the host" if target.type != "npu" else name, inputs, call)
         return result
 
     return kernel
@@ -216,7 +240,7 @@ def write_record(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _recording:
         record = {
-            name: {"count": x.count, "bytes": x.bytes, "dtypes": sorted(x.dtypes), "shapes": sorted(x.shapes)}
+            name: {"count": x.count, "bytes": x.bytes, "dtypes": sorted(x.dtypes), "calls": sorted(x.calls)}
             for name, x in sorted(LAUNCHED.items(), key=lambda item: -item[1].count)
         }
     rank = os.environ.get("RANK", "0")
