@@ -31,36 +31,19 @@ Legend of shapes: B batch, S query positions, T key positions (T = start + S), H
 value heads (H a multiple of K), D head size, N tokens of a chunk, V vocabulary.
 """
 
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from aquila.backend import cpu, cuda, npu, reference
-from aquila.backend.reference import ATTENTION_KINDS
+if TYPE_CHECKING:
+    from aquila.backend.devices import ATTENTION_KINDS, DEVICE_TYPES, detect, get_backend
 
 __all__ = ["ATTENTION_KINDS", "DEVICE_TYPES", "detect", "get_backend"]
 
-# Importing a backend touches no device. "meta" tensors hold shapes alone: the definition gives them.
-_BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "npu": npu, "meta": reference}
 
-DEVICE_TYPES = ("cpu", "cuda", "npu")
+def __getattr__(name: str) -> Any:
+    """The names of `devices` at their first use: it imports torch, which not every command needs."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from aquila.backend import devices
 
-
-def get_backend(device_type: str) -> ModuleType:
-    """The module of a device type (`torch.device.type`, or "reference").
-
-    Raises `ValueError` for a device that has no backend here.
-    """
-    if device_type not in _BACKENDS:
-        raise ValueError(f"no backend for device '{device_type}'; there are: {', '.join(_BACKENDS)}")
-    return _BACKENDS[device_type]
-
-
-def detect() -> str:
-    """The best device type that this machine really has: "cuda", "npu" or "cpu".
-
-    The NPU is asked first: TORCH_TRANSFER_TO_NPU=1 makes torch_npu answer in CUDA's name.
-    """
-    if npu.device_count():
-        return "npu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    globals().update({known: getattr(devices, known) for known in __all__})
+    return globals()[name]

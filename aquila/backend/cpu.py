@@ -9,13 +9,12 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from aquila.backend import common, reference
+from aquila.backend import common, host, reference
 from aquila.backend.cpu_kernels import amx, fused_ops, gemv
 from aquila.backend.cpu_kernels import cross_entropy as cross_entropy_kernel
 from aquila.backend.cpu_kernels import step_attention as step_attention_kernel
@@ -28,10 +27,10 @@ COMMUNICATION = "gloo"
 # Compiled blocks gave 4 to 6 % more tokens/s (dim 512, bf16, two cores) for 8 to 40 s of compiling.
 COMPILE_BLOCKS = False
 LOGITS_BYTES = reference.LOGITS_BYTES
-OVERLAP_COMM = True
-ZERO_KERNELS = False
+OVERLAP_COMM = host.OVERLAP_COMM
+ZERO_KERNELS = host.ZERO_KERNELS
 TAKES_PARTS = True
-KEPT = {"one_pass": 1, "statistics": 4}
+KEPT = host.KEPT
 DETERMINISTIC: dict[str, tuple[str, ...]] = {}
 # Large tensors in huge pages: torch takes fresh memory for each, and faulting in 200 MB of logits 4096 bytes
 # at a time takes as long as the product that fills them. torch reads this at its first tensor.
@@ -53,6 +52,9 @@ square_sum = fused_ops.square_sum
 prepare_generation = reference.prepare_generation
 profiling = reference.profiling
 fp8_support = reference.fp8_support
+device_count = host.device_count
+device_name = host.device_name
+supported_precisions = host.supported_precisions
 convert_to_fp8 = reference.convert_to_fp8
 adamw = fused_ops.adamw
 
@@ -158,13 +160,6 @@ def optimizer(
     return common.torch_adamw(params, lr, betas, eps, weight_decay)
 
 
-def device_count() -> int:
-    """Ranks that make sense here: one a core at most."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def set_device(local_rank: int) -> torch.device:
     """Every rank of this machine shares its cores and memory: there is nothing to choose."""
     common.set_defaults(ENVIRONMENT_DEFAULTS)
@@ -199,21 +194,6 @@ def _mallopt(mmap_threshold: int, trim_threshold: int) -> None:
 
 
 make_deterministic = partial(common.make_deterministic, DETERMINISTIC)
-
-
-@lru_cache(maxsize=1)
-def device_name() -> str:
-    """The processor as its vendor calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def supported_precisions() -> tuple[str, ...]:
-    """fp16 is left out: DeepSpeed refuses it on CPU."""
-    return ("bf16", "fp32")
 
 
 def memory_gib() -> float:

@@ -13,10 +13,12 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from aquila.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NATIVE, EMULATED = "native", "emulated"
 OLDEST = (0, 18)
@@ -51,7 +53,7 @@ def load() -> ModuleType:
         ) from None
 
 
-def convert(layers: nn.Module, recipe: str, *, emulate: bool) -> None:
+def convert(layers: "nn.Module", recipe: str, *, emulate: bool) -> None:
     """Every `nn.Linear` within `layers`, subclasses included, multiplies in float8. Raises `UserError`."""
     float8 = load()
     config = replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aquila.backend import fp8
+from aquila.backend import fp8, host
 
 ATTENTION_KINDS = ("fused", "triangle", "reference")
 TRIANGLE_BLOCK = 512
@@ -141,6 +141,7 @@ OVERLAP_COMM = True
 ZERO_KERNELS = False
 TAKES_PARTS = True
 KEPT = {"one_pass": 0, "statistics": 4}
+fp8_support = host.fp8_support
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 
 # ---- the rest of a block ---------------------------------------------------------------------------------
@@ -341,11 +342,6 @@ def profiling(stem: Path) -> Iterator[torch.profiler.profile]:
     with torch.profiler.profile() as profile:
         yield profile
     profile.export_chrome_trace(f"{stem}.trace.json.gz")
-
-
-def fp8_support() -> str:
-    """How linear layers in float8 run here: "native", "emulated", or why they cannot and what to do."""
-    return fp8.problem() or fp8.EMULATED
 
 
 def convert_to_fp8(layers: nn.Module, recipe: str) -> None:

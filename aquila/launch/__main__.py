@@ -83,7 +83,13 @@ def trigger(arguments: argparse.Namespace) -> int:
     differing: dict[str, list[Path]] = {}
     with connect_hosts(hostfile) if hosts_too else contextlib.nullcontext() as group:
         checked = check_run(
-            hostfile, config, arguments.model, arguments.overrides, local=local, experiment=experiment
+            hostfile,
+            config,
+            arguments.model,
+            arguments.overrides,
+            local=local,
+            experiment=experiment,
+            starts=not arguments.dry_run,
         )
         if group and not checked.failures:
             differing = check_hosts(checked, group)

@@ -1,23 +1,29 @@
 """What this machine's Python can do for a run. Asked in its own process: torch takes seconds to import."""
 
+import contextlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from aquila.backend import host
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch import toolkit
 
 # Says which import fails, rather than failing: a broken vendor stack is what a probe is for.
 _PROBE = """
-import json, os, platform
+import json, os
+from aquila.launch.device_probe import facts_of, installed
 from aquila.launch.toolkit import cann_version
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from aquila.backend import detect, get_backend
@@ -31,12 +37,7 @@ try:
     backend.set_device(0)
 except UserError as error:
     unsupported = str(error)
-versions = {"Python": platform.python_version()}
-for package in ("torch", "torch_npu", "deepspeed", "numpy"):
-    try:
-        versions[package] = version(package)
-    except PackageNotFoundError:
-        continue
+versions = installed()
 for library in ("cuda", "hip", "xpu"):
     if getattr(torch.version, library, None):
         versions[library.upper()] = getattr(torch.version, library)
@@ -51,15 +52,7 @@ if torch.accelerator.is_available():
 else:
     import psutil
     free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-print("\\nAQUILA-PROBE " + json.dumps({
-    "device": kind,
-    "count": backend.device_count(),
-    "name": backend.device_name(),
-    "precisions": list(backend.supported_precisions()),
-    "fp8": backend.fp8_support(),
-    "overlap_comm": backend.OVERLAP_COMM,
-    "zero_kernels": backend.ZERO_KERNELS,
-    "kept": backend.KEPT,
+print("\\nAQUILA-PROBE " + json.dumps(facts_of(kind, backend) | {
     "blockwise": why_not_blockwise(versions.get("deepspeed") or "of an unknown release") is None,
     "memory": total,
     "memory_free": free,
@@ -94,6 +87,42 @@ from aquila.training.deepspeed.async_io import has_async_io
 
 print("\\nAQUILA-PROBE " + json.dumps({"usable": has_async_io()}))
 """
+
+
+def facts_of(device: str, backend: Any) -> dict[str, Any]:
+    """What a backend's module says of its device: the first keys of `probe_devices`."""
+    return {
+        "device": device,
+        "count": backend.device_count(),
+        "name": backend.device_name(),
+        "precisions": list(backend.supported_precisions()),
+        "fp8": backend.fp8_support(),
+        "overlap_comm": backend.OVERLAP_COMM,
+        "zero_kernels": backend.ZERO_KERNELS,
+        "kept": backend.KEPT,
+    }
+
+
+def installed() -> dict[str, str]:
+    """Versions of Python and of the packages that a run stands on, those that are there."""
+    versions = {"Python": platform.python_version()}
+    for package in ("torch", "torch_npu", "deepspeed", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def look_at_devices() -> dict[str, Any]:
+    """As `probe_devices` for a command that starts nothing: without loading torch, a second, where torch is a
+    build for CPUs alone. What would be wrong with loading it is then not seen."""
+    if not host.is_only_device():
+        return probe_devices()
+    memory = psutil.virtual_memory()
+    return facts_of(host.TYPE, host) | {
+        "memory": memory.total,
+        "memory_free": memory.available,
+        "versions": installed(),
+    }
 
 
 @lru_cache(maxsize=1)

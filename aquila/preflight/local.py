@@ -16,7 +16,7 @@ from aquila.core.checkpoints import FOLDER, STATE, list_checkpoints
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.core.run_folder import choose_version, experiment_dir, first_unwritable, versions
-from aquila.launch.device_probe import mismatches, probe_devices, probe_weights
+from aquila.launch.device_probe import look_at_devices, mismatches, probe_devices, probe_weights
 from aquila.launch.hostfile import Node, read_hostfile
 from aquila.launch.node_probe import existing_parent
 from aquila.launch.nodes import find_this_node
@@ -91,14 +91,16 @@ def check_run(
     local: bool,
     root: Path = ROOT,
     experiment: str | None = None,
+    starts: bool = True,
 ) -> PreflightReport:
     """The checks that need no other node. Starts nothing and writes nothing.
 
-    experiment: whose newest checkpoint the run goes on from, where its name is known.
+    experiment: whose newest checkpoint the run goes on from, where its name is known. starts: whether a run
+    is to follow, for which devices are tried and not only looked at.
     """
     checked = PreflightReport()
     with ThreadPoolExecutor(1) as background:
-        probing = background.submit(probe_devices)
+        probing = background.submit(probe_devices if starts else look_at_devices)
         if checked.run("hostfile", lambda: _hostfile(checked, hostfile)) and local:
             checked.run("this node", lambda: _this_node(checked, hostfile))
         checked.run("devices", lambda: _devices(checked, probing.result()))

@@ -30,6 +30,7 @@ from aquila.training.deepspeed.sharded_model import (
     weight_infos,
     whole_parameters,
 )
+from aquila.training.deepspeed.uncompiled import import_muon_uncompiled
 from aquila.training.deepspeed.zero_step import step_in_use, use_blockwise_step, why_not
 from aquila.training.nonfinite import GradientCheck
 
@@ -140,6 +141,8 @@ class Engine:
         self._stage = effective.run.zero_stage
         self._is_muon = effective.run.optimizer == "muon"
         self._precision = effective.run.precision
+        if not self._is_muon:
+            import_muon_uncompiled()
         with _one_zero_optimizer():
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from aquila.training.deepspeed.uncompiled import leave_out_compiler
+
 
 @contextmanager
 def processes(communication: str, device: torch.device, timeout: float = 1800) -> Iterator[tuple[int, int]]:
@@ -23,6 +25,7 @@ def processes(communication: str, device: torch.device, timeout: float = 1800) -
     # Said outright, for DeepSpeed otherwise guesses, and falls back to CPU without a word.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     quiet_libraries()
+    leave_out_compiler()
     import deepspeed
 
     for name, value in {
@@ -35,8 +38,8 @@ def processes(communication: str, device: torch.device, timeout: float = 1800) -
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     if device.type == "cpu":
-        # DeepSpeed would compile a shared-memory collective that only its inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would try compilers, and build a shared-memory collective that only its inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
         dist_backend=communication,
         auto_mpi_discovery=False,

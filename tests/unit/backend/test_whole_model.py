@@ -16,7 +16,7 @@ KINDS = ("fused", "triangle", "reference")
 @pytest.fixture
 def on_backend(backend, monkeypatch):
     """CPU tensors meet the backend under test."""
-    monkeypatch.setitem(aquila.backend._BACKENDS, "cpu", backend)
+    monkeypatch.setitem(aquila.backend.devices._BACKENDS, "cpu", backend)
 
 
 def small(kind, **options):
@@ -51,9 +51,9 @@ def packed():
 @pytest.mark.parametrize("documents", [None, packed()], ids=["causal", "packed"])
 @pytest.mark.parametrize("options", [{}, {"recompute": "full"}, {"recompute": "selective"}], ids=str)
 def test_a_step_equals_the_definition(backend, monkeypatch, kind, documents, options):
-    monkeypatch.setitem(aquila.backend._BACKENDS, "cpu", aquila.backend.reference)
+    monkeypatch.setitem(aquila.backend.devices._BACKENDS, "cpu", aquila.backend.reference)
     wanted, wanted_gradients = step(small("reference"), documents)
-    monkeypatch.setitem(aquila.backend._BACKENDS, "cpu", backend)
+    monkeypatch.setitem(aquila.backend.devices._BACKENDS, "cpu", backend)
     got, gradients = step(small(kind, **options), documents)
     assert got == pytest.approx(wanted, rel=1e-6)
     for a, b in zip(gradients, wanted_gradients, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from aquila import backend
+from aquila.backend import devices
 from aquila.generation.int8 import quantize
 from aquila.model import AquilaModel
 from aquila.model.linear import Linear, in_stored_order, join_products, put_side_by_side, side_by_side
@@ -121,7 +121,7 @@ def test_int8_layers_are_joined_on_the_same_memory(make):
 
 @pytest.mark.parametrize("lengths", [(24,), (24, 16)])
 def test_compiled_through_the_gpus_module_it_is_one_graph_for_all_layers(make, monkeypatch, lengths):
-    monkeypatch.setitem(backend._BACKENDS, "cpu", backend.cuda)
+    monkeypatch.setitem(devices._BACKENDS, "cpu", devices.cuda)
     torch._dynamo.reset()
     counters.clear()
     apart, joined = make(), make()
