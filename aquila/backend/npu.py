@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from aquila.backend import common, npu_limits, reference
+from aquila.backend.made_once import MadeOnce
 from aquila.backend.npu_limits import COMPRESSED_MASK, RIGHT_DOWN_CAUSAL, SIZES
 from aquila.backend.reference import TRIANGLE_BLOCK
 from aquila.core.errors import UserError
@@ -81,11 +81,9 @@ _PEAKS = {"910B1": 400, "910B2": 376, "910B3": 313, "910B4": 280, "910_939": 376
 _NO_FP8 = "torchao's float8 layers do not run on an NPU; say fp8: false"
 convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
 
-# What every layer of a step needs again, made once a batch. Where each row's documents end, on the host: the
-# kernel takes a list, asked of the device. Masks of the triangle's blocks. Angles, each twice for its pair.
-_ENDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_MASKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_ANGLES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What every layer of a step needs again. Where each row's documents end, on the host: the kernel takes a
+# list, asked of the device. Masks of the triangle's blocks. Angles, each twice for its pair.
+_ENDS, _MASKS, _ANGLES = MadeOnce(), MadeOnce(), MadeOnce()
 
 
 def __getattr__(name: str):
@@ -173,15 +171,16 @@ def _compressed_mask(device: torch.device) -> Tensor:
 
 def document_ends(documents: Tensor) -> list[int]:
     """Where each document ends in the rows of (B, S) laid end to end; a row's end ends a document."""
-    ends = _ENDS.get(documents)
-    if ends is None:
-        ends, position = [], 0
-        for row in documents.tolist():
-            for number, following in zip(row, [*row[1:], None], strict=True):
-                position += 1
-                if number != following:
-                    ends.append(position)
-        _ENDS[documents] = ends
+    return _ENDS.of(documents, lambda: _document_ends(documents.tolist()))
+
+
+def _document_ends(rows: list[list[int]]) -> list[int]:
+    ends, position = [], 0
+    for row in rows:
+        for number, following in zip(row, [*row[1:], None], strict=True):
+            position += 1
+            if number != following:
+                ends.append(position)
     return ends
 
 
@@ -224,7 +223,9 @@ def _padded_triangle(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, 
     if length + extra > _SOFTMAX_KEYS.high:
         attend = common.narrow_attention
         return reference.triangle_attention(q, k, v, documents=documents, block=block, attend=attend)
-    hidden = _hidden(documents, block) if documents is not None else _future(length + extra, block, q.device)
+    hidden = _future(length + extra, block, q.device)
+    if documents is not None:
+        hidden = _MASKS.of(documents, lambda: _hidden(documents, block), block)
     scale = q.shape[-1] ** -0.5
     if q.dtype == torch.float16:  # before the product, which would leave fp16's range
         q, scale = q * scale, 1.0
@@ -252,16 +253,14 @@ def _future(length: int, block: int, device: torch.device) -> list[Tensor]:
 
 def _hidden(documents: Tensor, block: int) -> list[Tensor]:
     """As `_future`, and other documents: bool (B, 1, S, T), of the padded sequence."""
-    made = _MASKS.setdefault(documents, {})
-    if block not in made:
-        extra = -documents.shape[1] % _SOFTMAX_KEYS.step
-        padded = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1) if extra else documents
-        length, made[block] = padded.shape[1], []
-        for first in range(0, length, block):
-            rows = min(block, length - first)
-            seen = reference.visible(rows, first, padded[:, : first + rows], documents.device)
-            made[block].append(~seen[:, None])
-    return made[block]
+    extra = -documents.shape[1] % _SOFTMAX_KEYS.step
+    padded = torch.cat((documents, documents[:, -1:].expand(-1, extra)), dim=1) if extra else documents
+    length, masks = padded.shape[1], []
+    for first in range(0, length, block):
+        rows = min(block, length - first)
+        seen = reference.visible(rows, first, padded[:, : first + rows], documents.device)
+        masks.append(~seen[:, None])
+    return masks
 
 
 def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -278,8 +277,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `reference.rotary`, interleaved, in fp32."""
-    return _Rotary.apply(x, *_pairs(cos, sin))
+    """As `reference.rotary`, interleaved, in x's dtype: fp32 inside, by cos and sin rounded to that dtype.
+
+    The kernel takes cos and sin of no other dtype than x's. What is turned so is 1.28 times as far from the
+    truth as what is turned by fp32 tables and rounded then (test_npu.py holds it).
+    """
+    return _Rotary.apply(x, *_ANGLES.of(cos, lambda: _pairs(cos, sin, x.dtype), x.dtype))
 
 
 class _Rotary(torch.autograd.Function):
@@ -296,24 +299,21 @@ class _Rotary(torch.autograd.Function):
         return _turn(grad_output, *ctx.saved_tensors), None, None, None
 
 
-def _pairs(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos, sin and -sin of each angle twice, for its pair: (1 or B, S, 1, D). Made once for all layers."""
-    made = _ANGLES.get(cos)
-    if made is None:
-        twice, turned = (table.repeat_interleave(2, dim=-1)[:, :, None] for table in (cos, sin))
-        made = _ANGLES[cos] = (twice, turned, -turned)
-    return made
+def _pairs(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """cos, sin and -sin of each angle twice, for its pair: (1 or B, S, 1, D)."""
+    twice, turned = (part.repeat_interleave(2, dim=-1)[:, :, None].to(dtype) for part in (cos, sin))
+    return twice, turned, -turned
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, S, H, D) turned by angles (1 or B, S, 1, D)."""
     rows, _, heads, _ = x.shape
-    inner, angles = reference.upcast(x), [cos, sin]
+    inner, angles = x, [cos, sin]
     if cos.shape[0] > 1 or rows * heads not in _ROTARY_ROWS:
         # The kernel spreads angles over heads and a few rows, and takes no batch of angles: one long row.
         angles = [table.expand(rows, -1, -1, -1).flatten(0, 1)[None] for table in angles]
         inner = inner.flatten(0, 1)[None]
-    return _call("npu_rotary_mul", inner, *angles, "interleave").view(x.shape).to(x.dtype)
+    return _call("npu_rotary_mul", inner, *angles, "interleave").view(x.shape)
 
 
 def step_attention(qkv: Tensor, kv: Tensor, rows: reference.StepRows) -> Tensor:

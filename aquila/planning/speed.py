@@ -33,7 +33,7 @@ LINK_SHARE = 0.6
 """Of the links' rate, reached by large collectives."""
 HIDDEN = 0.5
 """Of backward's computing: as much of the sending hides behind it with `overlap_comm`."""
-LAYER_PASSES, LAYER_FORWARD = 150, 0.4
+LAYER_PASSES, LAYER_FORWARD = 114, 0.4
 """Tokens x dim numbers read or written by a layer besides products and scores, counted on the simulated NPU
 (`benchmarks/npu_launches.py`); the share of forward."""
 SCORE_PASSES, FP16_PASSES = 17, 6

@@ -69,29 +69,32 @@ def fusion_attention(
     sparse_mode=0,
     *rest,
 ):
-    """Layouts BSND and TND; without `atten_mask` every query sees every key, whatever `sparse_mode` says."""
+    """Layouts BSND and TND; without `atten_mask` every query sees every key, whatever `sparse_mode` says.
+
+    Beside the output each softmax's greatest score and sum, eight times: (B, heads, S, 8) or (T, heads, 8).
+    """
     assert query.dtype == key.dtype == value.dtype
     assert head_num == query.shape[-2]
+    settings = (atten_mask, scale, sparse_mode)
     if input_layout == "TND":
-        parts, begin = [], 0
+        parts, begin, key_begin = [], 0, 0
         for end, key_end in zip(actual_seq_qlen, actual_seq_kvlen, strict=True):
-            part = slice(begin, end)
-            assert end == key_end
-            q, k, v = (x[None, part] for x in (query, key, value))
-            parts.append(_attend(q, k, v, atten_mask, scale, sparse_mode))
-            begin = end
-        out = torch.cat(parts, dim=1)[0]
+            k, v = (x[None, key_begin:key_end] for x in (key, value))
+            parts.append(_attend(query[None, begin:end], k, v, *settings))
+            begin, key_begin = end, key_end
+        out, greatest, total = (torch.cat(found, dim=1)[0] for found in zip(*parts, strict=True))
     else:
         assert input_layout == "BSND"
-        out = _attend(query, key, value, atten_mask, scale, sparse_mode)
-    nothing = query.new_empty(0)
-    tokens = query.shape[:1] if input_layout == "TND" else (query.shape[0], head_num, query.shape[1])
-    heads = (head_num,) if input_layout == "TND" else ()
-    greatest, total = (torch.zeros(*tokens, *heads, 8) for _ in range(2))  # of each softmax; not computed
-    return out.contiguous(), greatest, total, nothing, 0, 0, 0
+        out, greatest, total = _attend(query, key, value, *settings)
+        greatest, total = greatest.transpose(1, 2), total.transpose(1, 2)
+    greatest, total = (x[..., None].expand(*x.shape, 8).contiguous() for x in (greatest, total))
+    return out.contiguous(), greatest, total, query.new_empty(0), 0, 0, 0
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, mode: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, mode: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, S, H, D), and each softmax's greatest score and sum (B, S, H)."""
     rows, keys = q.shape[1], k.shape[1]
     if mask is not None and mode in (2, 3):
         assert mask.shape == (2048, 2048)
@@ -101,7 +104,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(groups, 2)).float() * scale
     if mask is not None:
         scores = scores.masked_fill(mask.bool(), float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v.repeat_interleave(groups, 2))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v.repeat_interleave(groups, 2))
+    greatest = scores.detach().amax(-1)
+    total = (scores.detach() - greatest[..., None]).exp().sum(-1)
+    return out, greatest.transpose(1, 2), total.transpose(1, 2)
 
 
 def scaled_masked_softmax(x, mask, scale=1, fixed_triu_mask=False):
@@ -123,14 +129,20 @@ def rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
     assert r1.shape[0] == 1
     assert input.dtype == r1.dtype == r2.dtype
     assert rotary_mode == "interleave"
-    turned = torch.stack((-input[..., 1::2], input[..., 0::2]), dim=-1).flatten(-2)
-    return input * r1 + turned * r2
+    x, cos, sin = (_wide(t) for t in (input, r1, r2))
+    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(input.dtype)
 
 
 def swiglu(input, dim=-1):
     """The first half is the gate."""
-    gate, up = input.chunk(2, dim=dim)
-    return torch.nn.functional.silu(gate) * up
+    gate, up = _wide(input).chunk(2, dim=dim)
+    return (torch.nn.functional.silu(gate) * up).to(input.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """As kernels compute within: fp16 and bf16 in fp32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def cross_entropy_loss(
@@ -151,10 +163,10 @@ def cross_entropy_loss(
         0.0,
         False,
     )
-    log_probabilities = torch.log_softmax(input, -1)
+    log_probabilities = torch.log_softmax(_wide(input), -1)
     loss = torch.nn.functional.nll_loss(log_probabilities, target, reduction=reduction)
     nothing = input.new_empty(0)
-    return loss, log_probabilities, nothing, nothing
+    return loss.to(input.dtype), log_probabilities.to(input.dtype), nothing, nothing
 
 
 # ---- as the device launches them -------------------------------------------------------------------------
@@ -185,7 +197,8 @@ def fusion_attention_grad(query, key, value, dy, head_num, input_layout, **optio
         return fusion_attention(q, k, v, head_num, input_layout, scale=scale, **chosen)[0]
 
     nothing = query.new_empty(0)
-    return (*_differentiate(attend, (query, key, value), dy), nothing, nothing)
+    slopes = _differentiate(attend, (query, key, value), dy)
+    return (*(slope.contiguous() for slope in slopes), nothing, nothing)
 
 
 def rms_norm_backward(dy, self, gamma, rstd, **options):

@@ -57,7 +57,7 @@ def trace(attention: str, recompute: str, dtype: str, packed: bool) -> dict[str,
         tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device="npu:0")
         documents = torch.zeros_like(tokens) if packed else None
         if packed:  # the kernel's list is asked of the tensor's values, which a fake one lacks
-            npu._ENDS[documents] = ENDS
+            npu._ENDS.put(documents, ENDS)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=False, foreach=False)
         with operators:
             loss = model(tokens, labels=tokens, documents=documents)

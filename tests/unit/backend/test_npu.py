@@ -46,6 +46,27 @@ def test_more_rows_than_the_rotary_kernel_takes_are_turned_all_the_same():
     torch.testing.assert_close(npu.rotary(x, cos, sin), reference.rotary(x, cos, sin))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_in_half_precision_is_near_to_one_in_fp32(dtype):
+    """Angles are of positions and frequencies in fp32; their cos and sin are rounded once."""
+    q, k = torch.randn(2, 1, 2048, 4, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    angles = torch.outer(torch.arange(2048.0), 10000 ** -(torch.arange(0, 128, 2) / 128))[None]
+    tables = angles.cos(), angles.sin()
+
+    def turn(backend, *given):
+        return [backend.rotary(x, *tables) for x in given]
+
+    def scores(pair):
+        return torch.einsum("bqhd,bkhd->bhqk", *(x.double() for x in pair))
+
+    truth = turn(reference, q.double(), k.double())
+    ours, theirs = turn(npu, q, k), turn(reference, q, k)
+    far = [sum((x - t).norm() for x, t in zip(pair, truth, strict=True)) for pair in (ours, theirs)]
+    assert far[0] < 1.35 * far[1]
+    far = [(scores(pair) - scores(truth)).norm() for pair in (ours, theirs)]
+    assert far[0] < 1.35 * far[1]
+
+
 def test_more_documents_than_the_fused_kernel_takes_go_in_several_calls():
     q, k, v = (torch.randn(1, 1500, 1, 4) for _ in range(3))
     documents = torch.arange(1500)[None]
