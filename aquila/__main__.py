@@ -51,6 +51,7 @@ GROUPS = {
     "upkeep": {
         "scripts/make_wheelhouse.sh": "wheels for machines without internet",
         "scripts/soak.sh": "plants every fault, many times",
+        "scripts/fuzz.sh": "tries hostile input on every reader",
         "scripts/check_pythons.sh": "tries each Python version",
     },
 }

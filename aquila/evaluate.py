@@ -26,8 +26,8 @@ import numpy as np
 
 from aquila.config.run import parse_split
 from aquila.core.errors import UserError, run_command
-from aquila.core.text_files import read_text
-from aquila.data.indexfile import read_index, read_tokens
+from aquila.core.text_files import read_text, text_under
+from aquila.data import documents
 from aquila.data.meta import check_dataset
 from aquila.generation.locate import resolve_checkpoint
 from aquila.tokenizer import Tokenizer, load_tokenizer
@@ -140,14 +140,9 @@ def open_documents(data: str, tokenizer: Tokenizer, split: str, part: str, limit
 
 
 def _indexed(prefix: str) -> Documents:
-    index = read_index(prefix)
-    tokens = read_tokens(prefix, index)
-    starts = index.offsets // index.dtype.itemsize
-
-    def read(number: int) -> np.ndarray:
-        return tokens[starts[number] : starts[number] + index.lengths[number]].astype(np.int64)
-
-    return Documents(index.lengths.astype(np.int64), read)
+    source = documents.Documents(prefix)
+    lengths = source.index.lengths.astype(np.int64)
+    return Documents(lengths, lambda number: source.read(number, 0).astype(np.int64))
 
 
 def _texts(path: Path, tokenizer: Tokenizer) -> Documents:
@@ -156,23 +151,14 @@ def _texts(path: Path, tokenizer: Tokenizer) -> Documents:
     text = read_text(path)
     texts = [text]
     if path.suffix == ".jsonl":
-        texts = [_line_text(path, at, line) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        texts = [text_under(line, "text", f"{path}, line {at}") for at, line in lines if line.strip()]
     framed = [
         np.array([tokenizer.bos_id, *tokenizer.encode(one), tokenizer.eos_id], np.int64)
         for one in texts
         if one
     ]
     return Documents(np.array([len(ids) for ids in framed], np.int64), framed.__getitem__)
-
-
-def _line_text(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{path}, line {number}: must be an object {{"text": "..."}}')
-    return text
 
 
 def check_ids(data: str, documents: Documents, tokenizer: Tokenizer, vocab_size: int) -> None:

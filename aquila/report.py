@@ -18,6 +18,7 @@ from typing import Any
 
 from aquila.core.errors import UserError, run_command
 from aquila.core.files import write_atomically
+from aquila.core.run_folder import newest_launch, versions
 from aquila.training.metrics import METRICS
 from aquila.training.plot import draw_runs
 from aquila.training.run_summary import Run, changes, differing, read_run
@@ -54,11 +55,13 @@ def main() -> int:
 def find_run(name: str) -> Run:
     """The run of a run folder, or an experiment's newest run. Raises `UserError`."""
     for folder in (Path(name), Path(OUTPUT) / name):
-        found = [folder / METRICS, *folder.glob(f"*/{METRICS}")]
-        files = [path for path in found if path.is_file()]
-        if files:
-            newest = max(files, key=lambda path: path.stat().st_mtime).parent
-            return read_run(f"{newest.parent.name}/{newest.name}", newest)
+        if (folder / METRICS).is_file():
+            return read_run(f"{folder.parent.name}/{folder.name}", folder)
+        found = [run_dir for run_dir in versions(folder) if (run_dir / METRICS).is_file()]
+        if found:
+            newest = newest_launch(folder)
+            newest = newest if newest in found else found[-1]
+            return read_run(f"{folder.name}/{newest.name}", newest)
     raise UserError(f"no run {name}: neither a run folder nor an experiment under {OUTPUT}/ with {METRICS}")
 
 

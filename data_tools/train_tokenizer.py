@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from aquila.core.errors import UserError, run_command
+from aquila.core.files import write_atomically
+from aquila.core.text_files import text_under
 from aquila.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 
 
@@ -37,17 +38,11 @@ def train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[s
 def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[str]) -> None:
     """`vocab.json`, `merges.txt` and `special_tokens_map.json`, each replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, separators=(",", ":")))
-    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    write_atomically(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, separators=(",", ":")))
+    write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     ends = {"cls_token": {"content": "[CLS]"} | flags, "sep_token": {"content": "</s>"} | flags}
-    _write(folder / "special_tokens_map.json", json.dumps(ends, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    write_atomically(folder / "special_tokens_map.json", json.dumps(ends, indent=2) + "\n")
 
 
 def _texts(paths: list[Path], key: str) -> Iterator[str]:
@@ -55,19 +50,9 @@ def _texts(paths: list[Path], key: str) -> Iterator[str]:
         try:
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, start=1):
-                    yield _text(line, key, f"{path}, line {number}")
+                    yield text_under(line, key, f"{path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _text(line: str, key: str, where: str) -> str:
-    try:
-        text = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f"{where}: no JSON object with text under '{key}'")
-    return text
 
 
 def main() -> int:

@@ -19,6 +19,17 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError("brackets are nested too deep") from None
 
 
+def text_under(line: str, key: str, where: str) -> str:
+    """The text under `key` of the JSON object in a line. Raises `UserError`, which begins with `where`."""
+    try:
+        text = parse_json(line)[key]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{where}: must be an object {{"{key}": "..."}}')
+    return text
+
+
 def is_finite(value: Any) -> bool:
     """Whether no NaN and no infinity is in `value`: a number, a text, or lists and mappings of them."""
     if isinstance(value, float):

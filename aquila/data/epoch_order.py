@@ -165,11 +165,15 @@ class Store:
                 write_atomically(known, identity + content.hexdigest())
         return content.digest()
 
-    def load(self, path: Path) -> EpochOrder | None:
-        """The stored order, mapped; None when there is none."""
+    def load(self, path: Path, cut: Cut) -> EpochOrder | None:
+        """The stored order, mapped; None when there is none, or files of other sizes."""
         try:
             arrays = [np.load(path / f"{name}.npy", mmap_mode="r") for name in EpochOrder._fields]
-        except (OSError, ValueError):
+        except Exception:  # a damaged header raises whatever Python's tokenizer and parser do
+            return None
+        shapes = [(len(cut.documents),), (cut.samples + 1, 2), (cut.samples,)]
+        kinds = [np.dtype(kind) for kind in (np.int32, np.int32, np.uint32)]
+        if [array.shape for array in arrays] != shapes or [array.dtype for array in arrays] != kinds:
             return None
         for array in arrays:
             map_at_once(array)
@@ -182,13 +186,13 @@ class Store:
             path = self.path(cut, epoch, index_file)
             lock = None
             while lock is None:
-                if (order := self.load(path)) is not None:
+                if (order := self.load(path, cut)) is not None:
                     return order
                 lock = self._take_turn(path)
             with lock:
-                if (order := self.load(path)) is None:
+                if (order := self.load(path, cut)) is None:
                     self._write(path, cut, epoch)
-                    order = self.load(path)
+                    order = self.load(path, cut)
                 with contextlib.suppress(OSError):
                     Path(lock.name).unlink()
                 return order

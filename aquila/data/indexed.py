@@ -103,10 +103,16 @@ class Corpus:
         epoch, place = divmod(index, self.samples_per_epoch)
         order = self.epoch_order(epoch)
         cut = int(order.shuffle[place])
+        if cut >= self.samples_per_epoch:
+            raise self._damaged(order, index)
         (first, offset), (last, end) = order.starts[cut].tolist(), order.starts[cut + 1].tolist()
+        if not 0 <= first <= last < len(order.documents):
+            raise self._damaged(order, index)
         parts, ids, marks = [], [], []
         for at in range(first, last + 1):
             document = int(order.documents[at])
+            if document not in self._cut.documents:
+                raise self._damaged(order, index)
             start = offset if at == first else 0
             # Samples share one token: the last label of one is the first input of the next.
             stop = end + 1 if at == last else None
@@ -115,7 +121,8 @@ class Corpus:
                 marks.append(self.mask.read(document, start, stop))
             ids.append(document)
         tokens = np.concatenate(parts, dtype=np.int64)
-        assert len(tokens) == self._cut.seq_length + 1
+        if len(tokens) != self._cut.seq_length + 1:
+            raise self._damaged(order, index)
         numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         if self._ids is not None and not 0 <= tokens.min() <= tokens.max() < self._ids:
             wrong = int(np.flatnonzero((tokens < 0) | (tokens >= self._ids))[0])
@@ -125,6 +132,13 @@ class Corpus:
             )
         found = Provenance(self.prefix, epoch, index, tuple(ids), offset)
         return Sample(tokens, numbers, found, np.concatenate(marks) if marks else None)
+
+    def _damaged(self, order: EpochOrder, index: int) -> UserError:
+        folder = Path(getattr(order.shuffle, "filename", None) or "in memory").parent
+        return UserError(
+            f"{folder}: sample {index:,} of {self.prefix} is no {self._cut.seq_length + 1} tokens in a row: "
+            "this stored order is damaged; remove the folder, and it is built again"
+        )
 
     def epoch_order(self, epoch: int) -> EpochOrder:
         """Order of one epoch: from memory, stored, or built (and stored where that is possible)."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aquila.config.run import parse_split
 from aquila.core.errors import UserError
 from aquila.core.text_files import read_json
 from aquila.data.blend import Segment
@@ -132,7 +133,8 @@ def _read(path: Path) -> dict[str, Any]:
             weights = list(segment["weights"].values())
             if not weights or not all(type(w) in (int, float) and 0 < w < float("inf") for w in weights):
                 raise ValueError("a weight is no number above 0")
-        if not isinstance(recorded["split"], str) or not all(type(c) is int and c >= 0 for c in counts):
+        parse_split(recorded["split"])
+        if not all(type(c) is int and c >= 0 for c in counts):
             raise ValueError("a count is no whole number")
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
             raise ValueError("its segments do not follow one another from sample 0")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from aquila.core.errors import UserError
+from aquila.core.text_files import read_text, text_under
 from aquila.generation.answers import Answer
 from aquila.generation.chat import Session
 from aquila.generation.tty import write
@@ -16,30 +17,15 @@ def read_prompts(path: Path) -> list[str]:
 
     Empty lines are skipped. Raises `UserError` for a file that cannot be read, with the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(read_text(path).split("\n"), 1)
+    numbered = [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
     if path.suffix == ".jsonl":
-        prompts = [_json_prompt(path, number, line) for number, line in numbered]
+        prompts = [text_under(line, "prompt", f"{path}, line {number}") for number, line in numbered]
     else:
         prompts = [line for _, line in numbered]
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return prompts
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise UserError(f'{path}, line {number}: must be an object {{"prompt": "..."}}')
-    return prompt
 
 
 def run_prompts(session: Session, prompts: list[str], samples: int, as_json: bool) -> int:

@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any
 
 from aquila.core.errors import UserError
+from aquila.core.jsonl import objects
 from aquila.core.paths import ROOT
 from aquila.launch.rank_wrapper import die_with_parent
 
@@ -110,12 +111,11 @@ class Channel:
     def _read(self) -> None:
         for line in self._stdout:
             self.last_heard = time.monotonic()
-            try:
-                event = json.loads(line)
-            except ValueError:  # a login shell that greets
+            event = objects(line)
+            if event and "event" in event[0]:
+                self.events.put((self.index, {**event[0], "channel": id(self)}))
+            else:  # a login shell that greets
                 self.errors.append(line.decode("utf-8", errors="replace"))
-                continue
-            self.events.put((self.index, {**event, "channel": id(self)}))
         self.events.put((self.index, {"event": "closed", "channel": id(self)}))
 
     def _write(self) -> None:

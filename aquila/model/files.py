@@ -12,7 +12,6 @@ import itertools
 import json
 import mmap
 import os
-import pickle
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -170,7 +169,7 @@ def _load(path: Path) -> tuple[object, bool]:
     for mapped in (True, False):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # its reader raises whatever a damaged file leads it to
             # A file of before torch 1.6 cannot be mapped: it has to be in memory whole.
             if not (mapped and "mmap can only be used" in str(error)):
                 raise UserError(f"{path}: cannot be read ({_first_line(error)}); {problem}") from None

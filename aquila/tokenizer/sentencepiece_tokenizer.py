@@ -37,7 +37,8 @@ class SentencePieceTokenizer(Tokenizer):
         path = folder / "tokenizer.model"
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            self._model.id_to_piece(list(range(self._model.vocab_size())))  # each must be UTF-8
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
         # The model's own control pieces, `</s>` among them, stay unused: the eight follow its last id.
         self._place_specials({}, self._model.vocab_size())

@@ -17,6 +17,7 @@ import numpy as np
 
 from aquila.core.errors import UserError
 from aquila.core.files import sha256, sync_file
+from aquila.core.jsonl import objects
 from aquila.core.lock import HeldError, take_lock
 from aquila.data.indexfile import bin_path, idx_path, write_index
 from aquila.data.loss_mask import MASK_DTYPE, mask_prefix
@@ -71,7 +72,8 @@ class DatasetWriter:
                 same = file.readline() == self._plan.encode() + b"\n"
                 good = file.tell() if same else 0
                 for line in file if same else ():
-                    if not line.endswith(b"\n") or not self._verify(json.loads(line)):
+                    state = objects(line)
+                    if not line.endswith(b"\n") or not state or not self._verify(state[0]):
                         break
                     good += len(line)
         if not good:
@@ -87,6 +89,8 @@ class DatasetWriter:
 
     def _verify(self, state: dict[str, Any]) -> bool:
         """Whether the part that led to `state` is on disk as it was written; if so, it counts."""
+        if _form(state) != _form(self.state):  # a line that has been overwritten
+            return False
         chunks = []
         for i, start in enumerate(self.state["bin"]):
             try:
@@ -207,3 +211,10 @@ def _give_name(path: Path, name: Path) -> None:
     except OSError:  # a file system without second names: the run would begin anew
         second = path
     os.replace(second, name)
+
+
+def _form(value: Any) -> Any:
+    """The types within a value of JSON."""
+    if isinstance(value, dict):
+        return {key: _form(item) for key, item in value.items()}
+    return [_form(item) for item in value] if isinstance(value, list) else type(value)

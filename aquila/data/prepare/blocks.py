@@ -178,7 +178,9 @@ class _ValueReader:
                     line = self._line + self._text.count("\n", self._at, error.pos)
                     raise _BrokenError(line, f"not valid JSON: {error.msg}") from None
             except RecursionError:
-                raise _BrokenError(self._line, "not valid JSON: nested too deeply") from None
+                raise _BrokenError(self._line, "not valid JSON: brackets are nested too deep") from None
+            except ValueError as error:  # a number of thousands of digits
+                raise _BrokenError(self._line, f"not valid JSON: {error}") from None
             self._more(max(BLOCK_BYTES, len(self._text) - self._at))
         raw = self._text[self._at : end]
         line = self._line
@@ -246,5 +248,5 @@ def _rows(source: Source, columns: Sequence[str]) -> Iterator[ItemsBlock]:
                 items = list(enumerate(_batch_rows(batch), start=row))
                 row += len(items)
                 yield ItemsBlock(source, items, source.size * len(items) // rows)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"input {source.path}: not a readable Parquet file: {error}") from None

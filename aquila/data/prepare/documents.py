@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from aquila.core.text_files import parse_json
 from aquila.data.prepare.answers import Part, conversation_parts
 from aquila.data.prepare.bad import BadDocumentError
 from aquila.data.prepare.blocks import Block, FileBlock, ItemsBlock, LinesBlock, RangeBlock
@@ -113,11 +114,9 @@ def _decode(data: bytes) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise BadDocumentError(f"not valid JSON: {error.msg} (character {error.pos + 1})") from None
-    except RecursionError:
-        raise BadDocumentError("not valid JSON: nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise BadDocumentError(f"not valid JSON: {error}") from None
 

@@ -8,6 +8,7 @@ spike        the loss of that step and rank is a hundred times as large
 asleep       the rank sleeps for ever before that step
 flip         one bit of the rank's weights changes after that step
 clock        the wall clock goes back an hour at that step
+slow-disk    from that step on each fsync of the rank takes two seconds
 none         nothing
 
 With precision=fp16 DeepSpeed is told that this CPU can do it, as torch can: slowly, but all the same.
@@ -28,6 +29,7 @@ from aquila.training.trainer import Trainer
 KIND, STEP, RANK = os.environ["AQUILA_FAULT"].split(":")
 HERE = int(RANK) == int(os.environ["RANK"])
 _train_step, _loss, _trainer_step, _now = Engine.train_step, Engine._loss, Trainer._step, time.time
+_fsync = os.fsync
 _state = {"step": 0}
 
 
@@ -54,6 +56,8 @@ def step(trainer: Trainer) -> StepResult:
     if KIND == "asleep" and due():
         while True:
             time.sleep(3600)
+    if KIND == "slow-disk" and due():
+        os.fsync = lambda file: (time.sleep(2), _fsync(file))[1]
     if KIND == "clock" and _state["step"] >= int(STEP):
         time.time = lambda: _now() - 3600
     result = _trainer_step(trainer)

@@ -114,6 +114,36 @@ def damaged(
     return run_again(project, experiment, what, 14)
 
 
+def frozen(project: Path, experiment: str, dice: random.Random) -> Outcome:
+    """The whole machine stands still for longer than `hang_timeout`, and goes on: nothing has happened."""
+    process = start(project, experiment, *OPTIONS, "hang_timeout=6")
+    goal = dice.randrange(1, STEPS - 5)
+    wait_for(lambda: last_step(project, experiment) >= goal, process)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in children(process.pid):
+            _send(rank, number)
+        if number == signal.SIGSTOP:
+            time.sleep(9)
+    output = finish(process, 120)
+    same = process.returncode == 0 and exact(metrics(project, experiment)) == undisturbed(project)
+    return Outcome("frozen and thawed", same, 0, "went on" if same else output[-2000:])
+
+
+def torn_side_files(project: Path, experiment: str, dice: random.Random) -> Outcome:
+    """A kill, after which each file beside the checkpoints is empty, cut, or has a torn line at its end."""
+    process = start(project, experiment, *OPTIONS)
+    wait_for(lambda: last_step(project, experiment) >= dice.randrange(8, STEPS - 1), process, exits=True)
+    reached = _kill(process, (children(process.pid) or [0])[0], signal.SIGKILL, project, experiment)
+    folder = project / "checkpoints_out" / experiment / "0"
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        data = path.read_bytes()
+        if path.name == "metrics.jsonl":  # what stands before the checkpoint is part of the result
+            path.write_bytes(data + dice.choice([b'{"step": 9', b"\0" * 512, b"[]\n", b"\xff\xfe\n{}\n"]))
+        else:
+            path.write_bytes(dice.choice([b"", data[: len(data) // 2], b"\0" * len(data)]))
+    return run_again(project, experiment, "torn side files", reached)
+
+
 def cut_short(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

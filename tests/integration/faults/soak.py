@@ -34,6 +34,8 @@ OTHERS = {
     "a diverged replica": "test_a_diverged_replica_is_found",
     "two runs in one folder": "test_two_runs_in_one_folder_and_a_save_on_request",
     "clock set back": "test_a_clock_set_back_changes_nothing",
+    "a slow disk": "test_a_disk_slower_than_hang_timeout_ends_nothing",
+    "hostile checkpoint": "../test_hostile_checkpoint.py::test_no_file_of_a_checkpoint_runs_code",
 }
 """Faults without dice, that end with a message and a status: the test of each, once."""
 
@@ -43,7 +45,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kill -9 of a random rank (default: 50)")
     parser.add_argument("--saves", type=int, default=50, help="kill -9 in the middle of a save (default: 50)")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERM at random moments (default: 10)")
-    parser.add_argument("--damages", type=int, default=10, help="of each kind, in random files (default: 10)")
+    parser.add_argument("--damages", type=int, default=10, help="of each other kind, with dice (default: 10)")
     parser.add_argument(
         "--others", type=int, default=1, choices=(0, 1), help="faults with a message (default: 1)"
     )
@@ -78,6 +80,9 @@ def run(project: Path, arguments: argparse.Namespace) -> Iterator[Outcome]:
         for number in range(arguments.damages):
             name = f"{what.replace(' ', '-')}-{number}"
             yield tried(scenarios.damaged, project, name, dice, harm, what)
+    for number in range(arguments.damages):
+        yield tried(scenarios.frozen, project, f"frozen-{number}", dice)
+        yield tried(scenarios.torn_side_files, project, f"torn-{number}", dice)
     if os.geteuid() == 0:
         yield tried(scenarios.full_disk, project, "full-disk")
     for what, test in OTHERS.items() if arguments.others else ():
@@ -86,7 +91,7 @@ def run(project: Path, arguments: argparse.Namespace) -> Iterator[Outcome]:
 
 def tested(what: str, test: str) -> Outcome:
     """The outcome of one test of the suite at a small size."""
-    place = f"{Path(__file__).parent / 'test_faults.py'}::{test}"
+    place = str(Path(__file__).parent / (test if "::" in test else f"test_faults.py::{test}"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", place]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1:]

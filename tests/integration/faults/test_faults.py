@@ -214,6 +214,23 @@ def test_a_clock_set_back_changes_nothing(project: Path) -> None:
     assert all(0 < record["step_seconds"] < 60 for record in metrics(project, "clock"))
 
 
+@pytest.mark.slow
+def test_a_disk_slower_than_hang_timeout_ends_nothing(project: Path) -> None:
+    status, output = train(
+        project, "slow-disk", *SHORT, "hang_timeout=6", "save_interval=2", fault="slow-disk:2:0"
+    )
+    assert status == 0, output
+    assert "error" not in output
+
+
+@pytest.mark.slow
+def test_a_frozen_machine_and_torn_side_files(project: Path) -> None:
+    dice = random.Random(1)
+    for scenario in (scenarios.frozen, scenarios.torn_side_files):
+        outcome = scenario(project, scenario.__name__, dice)
+        assert outcome.survived, outcome
+
+
 def test_two_runs_in_one_folder_and_a_save_on_request(project: Path) -> None:
     process = start(project, "twice", *SHORT[1:], "train_iters=100000", ranks=1)
     try:

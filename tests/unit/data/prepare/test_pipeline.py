@@ -175,7 +175,7 @@ BAD_LINES = {
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"conversations": []}': "must hold a list of turns",
     b'{"conversations": [{"from": "human"}]}': "turn 1 of the conversation",
-    b"[" * 100_000: "nested too deeply",
+    b"[" * 100_000: "nested too deep",
     b'{"text": 1' + b"0" * 5000 + b"}": "not valid JSON",
 }
 
