@@ -105,7 +105,7 @@ compdef _aquila bash python python3 .venv/bin/python sbatch
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m aquila", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m aquila", description=(__doc__ or "").split("\n")[0])
     actions = parser.add_subparsers(dest="action", metavar="completion|candidates")
     shells = actions.add_parser("completion", help="prints a shell's completion script, to be sourced")
     shells.add_argument("shell", choices=SHELL)

@@ -36,7 +36,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m aquila.accept", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m aquila.accept", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="this process alone: no training runs")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="its other hosts, and all as one")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="a model folder to load and continue")

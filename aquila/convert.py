@@ -86,7 +86,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m aquila.convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m aquila.convert", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--input", type=Path, required=True, help="a model folder, run or checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="a new folder, or with --to gguf a file")
     parser.add_argument("--to", choices=("aquila", "hf", "gguf"), required=True)

@@ -65,7 +65,7 @@ class Report:
 
 
 def parser() -> argparse.ArgumentParser:
-    head, _, rest = __doc__.partition("\n\n")
+    head, _, rest = (__doc__ or "").partition("\n\n")
     parse = argparse.ArgumentParser(
         prog="python -m aquila.evaluate",
         description=head,

@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m aquila.plan", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m aquila.plan", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a folder under checkpoints_in/, or a path: only config.json is read")
     parser.add_argument("--devices", type=positive, required=True, help="devices of all nodes together")
     parser.add_argument("--memory", required=True, help="of one device: 64GB, 80GiB")

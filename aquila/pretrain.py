@@ -62,7 +62,9 @@ OUTPUT = "checkpoints_out"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m aquila.pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m aquila.pretrain", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("config", help="run YAML, such as configs/Aquila-pretrain.yaml")
     parser.add_argument("model", help="folder under checkpoints_in/")
     parser.add_argument("experiment", help="name of the folder under checkpoints_out/")

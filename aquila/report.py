@@ -27,7 +27,9 @@ OUTPUT = "checkpoints_out"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m aquila.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m aquila.report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("experiments", nargs="+", metavar="EXP", help="experiments or run folders")
     parser.add_argument(
         "--output", type=Path, default=Path("report"), help="without suffix (default: report)"

@@ -33,6 +33,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     log has among much else.
     """
     error_file = os.environ.pop(ERROR_FILE, None)  # ours alone, not of what we start
+    open_closed_streams()
     try:
         status = main()
     except UserError as error:
@@ -59,6 +60,20 @@ def run_command(main: Callable[[], int | None]) -> None:
         _leave(error_file, "".join(traceback.format_exception(error)))
         raise
     sys.exit(status or 0)
+
+
+def open_closed_streams() -> None:
+    """Lets standard streams that were closed before the start (`>&-`) read and write nothing, as `/dev/null` does.
+
+    Else the next file to be opened would get the number of standard output, and what is printed into it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))
 
 
 _REMEDIES = {

@@ -21,7 +21,9 @@ STYLES = {PASS: "green", WARN: "yellow", FAIL: "bold red"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m aquila.preflight", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m aquila.preflight", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("hostfile", help="one node per line: host slots=N")
     parser.add_argument("config", help="YAML file; a bare name is looked for in configs/")
     parser.add_argument("model", help="a folder under checkpoints_in/")

@@ -75,3 +75,9 @@ def test_bash_completes(root: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout.splitlines() == ["-o nospace", "max_restarts="], done.stderr
+
+
+def test_no_command_needs_its_docstring(root) -> None:
+    """`PYTHONOPTIMIZE=2` takes docstrings away."""
+    files = [*root.glob("aquila/**/*.py"), *root.glob("data_tools/*.py"), root / "generate.py"]
+    assert [path for path in files if "__doc__." in path.read_text(encoding="utf-8")] == []

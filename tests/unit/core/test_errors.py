@@ -79,3 +79,14 @@ def test_other_failures_of_the_system_keep_their_traceback() -> None:
     assert errors.explain_os_error(OSError(errno.ENOSPC, "full")) == "writing: full; make room on that disk"
     long = errors.explain_os_error(OSError(errno.ENAMETOOLONG, "long", "n" * 5000))
     assert len(long) < 200
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_are_nothing_and_no_file_takes_their_numbers(tmp_path: Path, closed: tuple) -> None:
+    body = (
+        f"print('said'); file = open({str(tmp_path / 'file')!r}, 'w'); return 0 if file.fileno() > 2 else 9"
+    )
+    close = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+    command = f'exec {sys.executable} -c "$0" {close}'
+    assert subprocess.run(["bash", "-c", command, COMMAND.format(body)], capture_output=True).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
