@@ -63,7 +63,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def open_closed_streams() -> None:
-    """Lets standard streams that were closed before the start (`>&-`) read and write nothing, as `/dev/null` does.
+    """Lets standard streams that were closed before the start (`>&-`) read and write nothing.
 
     Else the next file to be opened would get the number of standard output, and what is printed into it.
     """
@@ -73,7 +73,7 @@ def open_closed_streams() -> None:
             if nothing != number:
                 os.dup2(nothing, number)
                 os.close(nothing)
-            setattr(sys, name, open(number, mode, encoding="utf-8"))
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 _REMEDIES = {

@@ -10,6 +10,10 @@ from aquila.core.errors import UserError
 from aquila.data.prepare.inputs import ByteStream, DamagedInputError, Source
 
 BLOCK_BYTES = 1 << 20
+_ROWS = 256
+"""Of a Parquet file, read at a time."""
+_UNFOLDED = 1 << 28
+"""Bytes of text up to which that many rows are given at once, else one by one."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,15 @@ class _ValueReader:
         self._text = "".join(parts)
 
 
+def _unfolded(batch: Any) -> int:
+    """Bytes of all texts of a batch, those counted again that its dictionaries hold once."""
+    from pyarrow import compute
+
+    columns = [column for column in batch.columns if hasattr(column, "dictionary")]
+    sizes = [compute.sum(compute.binary_length(c.dictionary).take(c.indices)).as_py() for c in columns]
+    return sum(size or 0 for size in sizes)
+
+
 def _batch_rows(batch: Any) -> list[dict[str, Any]]:
     """The rows of a record batch. A cell that is no text, though its column says so, is given as bytes."""
     try:
@@ -230,7 +243,7 @@ def _cell(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        as_buffer = getattr(value, "as_buffer", None)
+        as_buffer = getattr(getattr(value, "value", value), "as_buffer", None)
         return as_buffer().to_pybytes() if as_buffer else b""
 
 
@@ -241,12 +254,17 @@ def _rows(source: Source, columns: Sequence[str]) -> Iterator[ItemsBlock]:
     except ImportError:
         raise UserError(f"input {source.path}: Parquet needs a package: run `pip install pyarrow`") from None
     try:
-        with parquet.ParquetFile(source.path) as file:
-            present = [name for name in (*columns, "conversations") if name in file.schema_arrow.names]
+        schema = parquet.read_schema(source.path)
+        present = [name for name in (*columns, "conversations") if name in schema.names]
+        # As a dictionary, a text that a few bytes repeat in every row is in memory once.
+        texts = [name for name in present if pyarrow.types.is_string(schema.field(name).type)]
+        with parquet.ParquetFile(source.path, read_dictionary=texts, buffer_size=BLOCK_BYTES) as file:
             row, rows = 1, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=present):
-                items = list(enumerate(_batch_rows(batch), start=row))
-                row += len(items)
-                yield ItemsBlock(source, items, source.size * len(items) // rows)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=present):
+                few = 1 if _unfolded(batch) > _UNFOLDED else _ROWS
+                for first in range(0, len(batch), few):
+                    items = list(enumerate(_batch_rows(batch.slice(first, few)), start=row))
+                    row += len(items)
+                    yield ItemsBlock(source, items, source.size * len(items) // rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"input {source.path}: not a readable Parquet file: {error}") from None

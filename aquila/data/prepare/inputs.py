@@ -58,8 +58,10 @@ def _expand(item: str) -> list[str]:
     known = ", ".join(FORMS) + ", each also .gz or .zst"
     if os.path.isdir(item):
         walked = _walk(item)
-        found = sorted(path for path in walked if _kind(path))
-        _tell_left_out(item, [path for path in walked if not _kind(path)])
+        hidden = {path for path in walked if "/." in path.removeprefix(item)}
+        found = sorted(path for path in walked if _kind(path) and path not in hidden)
+        _tell_left_out(item, "of no known kind", [path for path in walked if not _kind(path)])
+        _tell_left_out(item, "hidden by a dot", [path for path in hidden if _kind(path)])
         if not found:
             raise UserError(f"input folder {item} holds no file of a known kind ({known})")
         return found
@@ -70,7 +72,7 @@ def _expand(item: str) -> list[str]:
     if glob.has_magic(item):
         matched = [path for path in glob.glob(item, recursive=True) if not os.path.isdir(path)]
         found = sorted(path for path in matched if _kind(path))
-        _tell_left_out(item, [path for path in matched if not _kind(path)])
+        _tell_left_out(item, "of no known kind", [path for path in matched if not _kind(path)])
         if not found:
             raise UserError(f"input {item} matches no file of a known kind ({known})")
         return found
@@ -90,13 +92,13 @@ def _walk(folder: str) -> list[str]:
     return found
 
 
-def _tell_left_out(item: str, paths: list[str]) -> None:
+def _tell_left_out(item: str, why: str, paths: list[str]) -> None:
     """Whatever is not read is counted and named."""
     if paths:
         names = ", ".join(sorted(os.path.basename(path) for path in paths)[:5])
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         print(
-            f"warning: input {item}: {len(paths)} file(s) of no known kind are left out: {names}{more}",
+            f"warning: input {item}: {len(paths)} file(s) {why} are left out: {names}{more}",
             file=sys.stderr,
         )
 
