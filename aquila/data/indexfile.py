@@ -57,6 +57,9 @@ def read_index(prefix: str | Path) -> Index:
     path = idx_path(prefix)
     for needed in (path, bin_path(prefix)):
         if not needed.is_file():
+            stem, dot, kind = str(prefix).rpartition(".")
+            if dot and kind in ("bin", "idx") and idx_path(stem).is_file():
+                raise UserError(f"dataset {prefix}: a dataset is named without .{kind}: {stem}")
             raise UserError(
                 f"dataset {prefix}: {needed} does not exist; make it with data_tools/make_indexed_dataset.sh"
             )

@@ -79,3 +79,10 @@ def test_an_id_beyond_the_vocabulary_names_dataset_and_document(make_dataset):
         [stream[k] for k in range(stream.samples_per_epoch)]
     stream = open_corpora([str(prefix)], "100", 4, 1, ids=78).train
     assert len([stream[k] for k in range(stream.samples_per_epoch)]) == 4
+
+
+def test_a_prefix_with_its_extension_is_told(make_dataset):
+    prefix = make_dataset(numbered(5))
+    for kind in ("bin", "idx"):
+        with pytest.raises(UserError, match=f"named without .{kind}: {prefix}$"):
+            Documents(f"{prefix}.{kind}")
