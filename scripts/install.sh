@@ -13,6 +13,7 @@ STAMP="$VENV/.installed"
 LISTS="$PROJECT/requirements"
 
 main() {
+    [ "$(uname -s)" = Linux ] || fail "this is $(uname -s), and the project runs on Linux alone: use a Linux container, on Windows WSL 2"
     local device="" dev=0 wheelhouse="" system_torch=0
     while [ $# -gt 0 ]; do
         case "$1" in

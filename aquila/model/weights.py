@@ -113,7 +113,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{index}: weight_map must name a file for each parameter; download the index again")
+    names = sorted(set(where.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         what = f"misses {', '.join(missing)}" if missing else "has an empty weight_map"

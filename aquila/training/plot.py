@@ -105,12 +105,13 @@ def _title_and_save(figure: Any, axis: Any, path: Path, step: int) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the points, without bias at the start."""
-    decay = 1 - 1 / max(1.0, len(values) / 50)
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            average = decay * average + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        result.append(average / weight if weight else value)
+    """The mean of the finite values around each point, over about a twenty-fifth of all points.
+
+    The window is centred, and narrower near the ends, so that the line does not lag behind the values.
+    """
+    half, result = len(values) // 50, []
+    for at, value in enumerate(values):
+        reach = min(half, at, len(values) - 1 - at)
+        near = [other for other in values[at - reach : at + reach + 1] if math.isfinite(other)]
+        result.append(sum(near) / len(near) if near else value)
     return result

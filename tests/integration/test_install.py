@@ -40,6 +40,16 @@ def fake_python(folder: Path, script: str) -> Path:
     return path
 
 
+def test_another_system_than_linux_is_one_line(tmp_path: Path) -> None:
+    fake_python(tmp_path / "bin", "exit 0")
+    (tmp_path / "bin" / "uname").unlink()
+    (tmp_path / "bin" / "uname").write_text("#!/bin/bash\necho Darwin\n")
+    (tmp_path / "bin" / "uname").chmod(0o755)
+    done = bash(clone(tmp_path), "scripts/install.sh", PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this is Darwin, and the project runs on Linux alone")
+
+
 def test_too_old_a_python_is_named(tmp_path: Path) -> None:
     fake_python(tmp_path / "bin", 'case "$*" in *version_info*) exit 1;; *) echo 3.8.10;; esac')
     done = bash(clone(tmp_path), "scripts/install.sh", "cpu", PATH=str(tmp_path / "bin"))

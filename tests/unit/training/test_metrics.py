@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from aquila.training.deepspeed.engine import NO_FLAGS, StepResult
 from aquila.training.metrics import RunLog, StepTimer, forget_after, read_metrics
 from aquila.training.plot import smooth
@@ -127,3 +129,7 @@ def test_the_slowest_rank_and_other_times_are_told_once() -> None:
 def test_smoothing_keeps_the_level_and_passes_over_gaps() -> None:
     assert smooth([2.0] * 200)[-1] == 2.0
     assert smooth([2.0, float("nan"), 2.0])[-1] == 2.0
+    falling = [10 - step / 10 for step in range(101)]
+    assert smooth(falling) == pytest.approx(falling)  # no lag behind a steady change
+    noisy = [value + (-1) ** step for step, value in enumerate(falling)]
+    assert max(abs(a - b) for a, b in zip(smooth(noisy)[5:-5], falling[5:-5], strict=True)) < 0.35
