@@ -386,5 +386,19 @@ def test_the_same_losses_on_one_node_and_on_several(cluster: Cluster) -> None:
     cluster.assert_clear()
 
 
+def test_the_demonstration_shows_a_lost_node_and_its_return(root: Path) -> None:
+    done = subprocess.run(
+        ["bash", "scripts/demo_two_nodes.sh"],
+        cwd=root, env={**os.environ, "AQUILA_PYTHON": sys.executable}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = re.split(r"^== ", done.stdout, flags=re.MULTILINE)
+    assert "10.77.0.2: lost (no sign of life" in parts[2]
+    assert "running, restart 1" in parts[3]
+    assert "saving a checkpoint, then stopping" in parts[4]
+    assert parts[5] == "the end: nothing is left on either node\n"
+
+
 def test_nothing_is_left_of_the_namespaces() -> None:
     assert f"aq{os.getpid() % 100000}x" not in namespaces.run("ip", "netns")

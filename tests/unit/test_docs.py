@@ -12,6 +12,7 @@ from tests.integration.test_readme import commands
 
 TESTED_ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/integration/test_install.py",
+    "bash scripts/demo_two_nodes.sh": "tests/integration/test_launch_dist.py",
 }
 
 
