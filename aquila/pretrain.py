@@ -26,6 +26,7 @@ from aquila.config.compare import check_launched
 from aquila.config.run import as_blend, profiled_steps
 from aquila.core.errors import UserError, run_command
 from aquila.core.files import write_atomically
+from aquila.core.paths import commit
 from aquila.core.run_folder import check_experiment
 from aquila.data.batches import Batches
 from aquila.data.indexed import Corpora, SampleStream, open_corpora
@@ -143,7 +144,7 @@ def train(
     log, after_saves = None, []
     if rank == 0:
         write_atomically(run_dir / FILE, order_text(corpora.train))
-        record_start(run_dir, effective, state, folder, world_size)
+        record_start(run_dir, effective, state, folder, f"{world_size} x {backend.device_name()}")
         lines += resumption.model_changes if resumption else []
         if resumption and (warning := same_samples_per_step(resumption.facts, effective, world_size)):
             lines.append(warning)
@@ -284,7 +285,7 @@ def follow_blends(
 
 
 def record_start(
-    run_dir: Path, effective: EffectiveConfig, state: TrainState, checkpoint: Path | None, world_size: int
+    run_dir: Path, effective: EffectiveConfig, state: TrainState, checkpoint: Path | None, devices: str
 ) -> None:
     """One line of `history.jsonl` for each start of the run: from where, on what, with which settings."""
     start = {
@@ -292,8 +293,10 @@ def record_start(
         "consumed_samples": state.consumed_samples,
         "time": round(time.time(), 3),
         "checkpoint": str(checkpoint) if checkpoint else None,
-        "world_size": world_size,
+        "devices": devices,
+        "commit": commit(),
         "model": str(effective.model_dir),
+        "parameters": effective.model.parameter_count(),
         "model_config": effective.model.model_dump(mode="json", exclude_defaults=True),
         "config": effective.run.model_dump(mode="json"),
     }

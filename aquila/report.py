@@ -59,8 +59,9 @@ def find_run(name: str) -> Run:
     for folder in (Path(name), Path(OUTPUT) / name):
         if (folder / METRICS).is_file():
             return read_run(f"{folder.parent.name}/{folder.name}", folder)
+        # Versions of launches in their order; a rank that was started by hand may name its own.
         found = [run_dir for run_dir in versions(folder) if (run_dir / METRICS).is_file()]
-        if found:
+        if found := found or sorted(path.parent for path in folder.glob(f"*/{METRICS}")):
             newest = newest_launch(folder)
             newest = newest if newest in found else found[-1]
             return read_run(f"{folder.name}/{newest.name}", newest)
@@ -103,6 +104,10 @@ def rows(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
         row(f"samples read, {name}", ",", "consumed_samples", name) for name in names("consumed_samples")
     ]
     table += [
+        row("last learning rate", ".3g", "learning_rate"),
+        row("gradient norm, median", ".3g", "grad_norm"),
+        row("peak memory, GiB", ".2f", "memory_gib"),
+        row("skipped steps", ",", "skipped"),
         row("tokens/s", ",.0f", "tokens_per_second"),
         row("MFU", ".1%", "mfu"),
         ("restarts", [str(max(0, len(summary["starts"]) - 1)) for summary in each]),
@@ -136,6 +141,8 @@ def render(runs: list[Run], summaries: dict[str, dict[str, Any]], svg: bytes) ->
         for run in runs
         for step, name, then, now in changes(run)
     ]
+    identities = [run.identity() for run in runs]
+    known = [[key, *(told.get(key, "-") for told in identities)] for key in identities[0] if key != "run"]
     parts = [
         _table("runs", ["", *names], [[name, *cells] for name, cells in rows(summaries)]),
         _section(
@@ -145,15 +152,20 @@ def render(runs: list[Run], summaries: dict[str, dict[str, Any]], svg: bytes) ->
             "Settings that changed in a run", _table("changes", ["", "setting", "before", "after"], changed)
         ),
     ]
-    body = parts[0] + (parts[1] if settings else "") + (parts[2] if changed else "")
+    body = parts[0] + (_section("What was run", _table("identity", ["", *names], known)) if known else "")
+    body += (parts[1] if settings else "") + (parts[2] if changed else "")
     picture = base64.b64encode(svg).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Aquila training report</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }}
+body {{ font: 15px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
+  margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }}
+div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; }}
+@media print {{ body {{ margin: 0; font-size: 11px; }} tr, img {{ break-inside: avoid; }} }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; overflow-wrap: anywhere; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; overflow-wrap: normal; }}
 img {{ width: 100%; }}
 </style></head><body>
 <h1>Training report</h1>
@@ -173,7 +185,7 @@ def _section(title: str, table: str) -> str:
 def _table(name: str, head: list[str], lines: Iterable[Iterable[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>\n" for line in lines)
-    return f'<table id="{name}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>\n'
+    return f'<div><table id="{name}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
 
 
 if __name__ == "__main__":

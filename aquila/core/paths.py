@@ -1,6 +1,7 @@
 """Which version of the project this is: every node must run the same."""
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,18 @@ def source_hash(root: Path = ROOT) -> str:
     for path in sorted(path for path in (root / "aquila").rglob("*") if path.suffix in _SOURCES):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of these sources, with `+` where files differ from it; None where git does not say."""
+    if not (root / ".git").exists():
+        return None
+    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def find_file(name: str) -> Path:

@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import sys
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,8 +67,13 @@ def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_runs(runs: dict[str, list[dict[str, Any]]], target: Path | IO[bytes], picture: str = "png") -> None:
-    """Draws loss and throughput of several runs, by name, over one another."""
-    figure, (loss, rate) = _figure(2, (10, 8), sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    """Draws loss, throughput, gradient norm, learning rate and memory of several runs over one another."""
+    parts = {"tokens per second": "tokens_per_second", "gradient norm": "grad_norm",
+             "learning rate": "learning_rate", "memory (GiB)": "memory_gib"}  # fmt: skip
+    every = [record for records in runs.values() for record in records]
+    parts = {label: key for label, key in parts.items() if any(record.get(key) for record in every)}
+    shape: dict[str, Any] = {"sharex": True, "gridspec_kw": {"height_ratios": [3, *(1 for _ in parts)]}}
+    figure, (loss, *axes) = _figure(1 + len(parts), (10, 6 + 1.6 * len(parts)), **shape)
     for number, (name, records) in enumerate(runs.items()):
         color = f"C{number % 10}"
         for set_number, (set_name, curve) in enumerate(valid_curves(records).items()):
@@ -76,19 +84,32 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]], target: Path | IO[bytes], p
         losses = [record["loss"] for record in records]
         loss.plot(steps, losses, color=color, linewidth=0.6, alpha=0.35)
         loss.plot(steps, smooth(losses), color=color, linewidth=1.6, label=name)
-        rate.plot(steps, [record.get("tokens_per_second") for record in records], color=color, linewidth=1.0)
+        for axis, key in zip(axes, parts.values(), strict=True):
+            values = [record.get(key) if record.get(key) is not None else math.nan for record in records]
+            axis.plot(steps, values, color=color, linewidth=1.0)
     loss.set_ylabel("loss (nats per token); dots: validation")
     loss.legend(frameon=False)
-    rate.set_ylabel("tokens per second")
-    rate.set_ylim(bottom=0)
-    rate.set_xlabel("optimizer step")
-    figure.savefig(target, format=picture)
+    for axis, label in zip(axes, parts, strict=True):
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    (axes or [loss])[-1].set_xlabel("optimizer step")
+    _save(figure, target, picture)
+
+
+_CHINESE = r"(?i)notosanscjk|sourcehansans|wqy-|droidsansfallback|simhei|msyh|pingfang"
+"""File names of fonts with Chinese: the first that is installed draws what the main one cannot."""
 
 
 def _figure(rows: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    from matplotlib import font_manager, rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    found = sorted(path for path in font_manager.findSystemFonts() if re.search(_CHINESE, Path(path).name))
+    for path in found[:1]:
+        font_manager.fontManager.addfont(path)
+        name = font_manager.FontProperties(fname=path).get_name()
+        rcParams["font.family"] = ["DejaVu Sans", name]
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 1, squeeze=False, **options)[:, 0]
@@ -97,10 +118,24 @@ def _figure(rows: int, size: tuple[float, float], **options: Any) -> tuple[Any, 
     return figure, axes
 
 
+def _save(figure: Any, target: Path | IO[bytes], picture: str = "png") -> None:
+    """Text of an SVG stays text, for a browser has fonts for all; what a PNG cannot show is told once."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        figure.savefig(target, format=picture)
+    if picture == "png" and any("missing from font" in str(warning.message) for warning in told):
+        print(
+            "note: no font here has all letters of the picture: apt-get install fonts-noto-cjk",
+            file=sys.stderr,
+        )
+
+
 def _title_and_save(figure: Any, axis: Any, path: Path, step: int) -> None:
     axis.set_title(f"{path.parent.parent.name} / {path.parent.name}: step {step:,}", fontsize=11)
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    _save(figure, temporary)
     os.replace(temporary, path)
 
 

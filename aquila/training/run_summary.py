@@ -1,11 +1,13 @@
 """A run folder in numbers: losses, what it read, its settings, its starts and how its time was spent."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from aquila.config.run import RunConfig
 from aquila.core.errors import UserError
 from aquila.core.jsonl import objects
 from aquila.data.order import FILE as ORDER
@@ -33,14 +35,34 @@ class Run:
         last = self.starts[-1]
         named = {key: value for key, value in (last.get("config") or {}).items() if key != "resume"}
         named |= {f"config.json: {key}": value for key, value in (last.get("model_config") or {}).items()}
-        named |= {"devices": last.get("world_size"), "model": last.get("model")}
+        named |= {"devices": last.get("devices", last.get("world_size")), "model": last.get("model")}
         return {key: _text(value) for key, value in named.items()}
+
+    def identity(self) -> dict[str, str]:
+        """What the run was, by its last start: for who has the page alone."""
+        if not self.starts:
+            return {"run": self.name}
+        last, config = self.starts[-1], self.starts[-1].get("config") or {}
+        size = last.get("parameters")
+        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+        changed = [f"{key}={_text(value)}" for key, value in config.items() if value != defaults.get(key)]
+        told = {
+            "run": self.name,
+            "model": f"{Path(last.get('model') or '-').name}{f', {size:,} parameters' if size else ''}",
+            "data": _text(config.get("data_prefix", "-")),
+            "devices": str(last.get("devices", last.get("world_size", "-"))),
+            "commit": last.get("commit") or "-",
+            "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(self.starts[0]["time"])),
+            "settings other than the defaults": " ".join(changed) or "none",
+        }
+        return told
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the report; None where the run does not say."""
         steps = [record for record in self.records if record.get("loss") is not None]
         rates = [record["tokens_per_second"] for record in steps if record.get("tokens_per_second")]
         mfu = [record["mfu"] for record in steps if record.get("mfu")]
+        norms = [record["grad_norm"] for record in steps if record.get("grad_norm")]
         last = self.records[-1]
         return {
             "steps": last["step"],
@@ -52,6 +74,10 @@ class Run:
             "valid_bits_per_byte": self._curves("valid_bits_per_byte"),
             "train_losses": self._last("train_losses"),
             "lm_eval": self.scores[-1] if self.scores else None,
+            "learning_rate": steps[-1].get("learning_rate"),
+            "grad_norm": median(norms) if norms else None,
+            "memory_gib": max((record.get("memory_gib") or 0 for record in steps), default=0) or None,
+            "skipped": sum(1 for record in self.records if record.get("skipped")),
             "tokens_per_second": median(rates) if rates else None,
             "mfu": median(mfu) if mfu else None,
             "consumed_samples": self._consumed(last.get("consumed_samples")),

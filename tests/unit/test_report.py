@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from aquila.training.plot import draw_runs
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
@@ -59,25 +61,41 @@ def test_the_page_tells_every_run_and_loads_nothing(report: Path) -> None:
     assert len(json.loads(data)["first/2024010100"]) == 49
 
 
+def browse(page: Path, folder: Path, *options: str) -> bytes:
+    """What a headless Chromium prints."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-sync", "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}", *options, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_a_browser_shows_it(report: Path, tmp_path: Path) -> None:
     shot = tmp_path / "page.png"
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    options += ["--disable-sync", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = (report / "out" / "report.html").as_uri()
-    command = [CHROMIUM, *options, "--window-size=1200,1400", f"--screenshot={shot}", page]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    browse(report / "out" / "report.html", tmp_path, "--window-size=1200,1400", f"--screenshot={shot}")
     from matplotlib.image import imread
 
     pixels = imread(shot)[..., :3]
     assert pixels.shape[:2] == (1400, 1200)
     assert pixels.std() > 0.05  # something is drawn
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_nothing_runs_off_a_phone(report: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    measure = "<script>document.title = 'wide ' + document.documentElement.scrollWidth</script>"
+    text = (report / "out" / "report.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", f"{measure}</body>"), encoding="utf-8")
+    seen = browse(page, tmp_path, "--window-size=500,900", "--dump-dom").decode()  # Chromium's narrowest
+    assert int(re.search(r"<title>wide (\d+)", seen)[1]) <= 500
+
+
+def test_letters_of_an_svg_stay_letters(tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 1.0, "valid_losses": {"中文": 1.0}} for step in (1, 2)]
+    draw_runs({"run": records}, tmp_path / "p.svg", picture="svg")
+    assert "中文</text>" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 
 def test_an_unknown_run_is_the_users_mistake(tmp_path: Path, root: Path) -> None:
@@ -110,7 +128,8 @@ def test_settings_losses_restarts_and_goodput_side_by_side(tmp_path: Path, root:
     starts = [
         {"step": 0, "time": 1000.0, "world_size": 2, "model": "m", "config": config,
          "model_config": {"dim": 8}},
-        {"step": 4, "time": 1020.0, "world_size": 4, "model": "m", "config": {**config, "lr": 0.2},
+        {"step": 4, "time": 1020.0, "devices": "4 x CPU", "commit": "abc123", "parameters": 1234567,
+         "model": "m", "config": {**config, "lr": 0.2},
          "model_config": {"dim": 8}},
     ]  # fmt: skip
     run = write_run(tmp_path, "one", records, starts)
@@ -131,9 +150,9 @@ def test_settings_losses_restarts_and_goodput_side_by_side(tmp_path: Path, root:
     assert told["differing"] == {
         "lr": ["0.2", "0.1"],
         "data_prefix": ['["a"]', '["<b>"]'],
-        "devices": ["4", "2"],
+        "devices": ["4 x CPU", "2"],
     }
-    assert told["changes"]["one/2024010100"] == [[4, "lr", "0.1", "0.2"], [4, "devices", "2", "4"]]
+    assert told["changes"]["one/2024010100"] == [[4, "lr", "0.1", "0.2"], [4, "devices", "2", "4 x CPU"]]
     page = (tmp_path / "report.html").read_text()
     for text in (
         "Settings that differ",
@@ -141,6 +160,8 @@ def test_settings_losses_restarts_and_goodput_side_by_side(tmp_path: Path, root:
         "25.0%",
         "[&quot;&lt;b&gt;&quot;]",
         "0.7500",
+        "m, 1,234,567 parameters",
+        "abc123",
     ):
         assert text in page
     assert json.loads(re.search(r'id="numbers">(.*?)</script>', page).group(1)) == told["runs"]
