@@ -68,9 +68,16 @@ def main() -> int:
         attention="fused" if arguments.attention == "auto" else arguments.attention,
         bucket=arguments.bucket,
         hpz=arguments.hpz,
+        sequence_parallel=arguments.sequence_parallel,
         fixed=ACCELERATOR_FIXED,
         logits_bytes=LARGEST_LOGITS_BYTES,  # the largest of any device's
     )
+    if problem := model.why_not_shared(base.sequence_parallel, base.seq_length):
+        raise UserError(f"--sequence-parallel {base.sequence_parallel} {problem}")
+    if base.devices % base.sequence_parallel:
+        raise UserError(
+            f"--sequence-parallel {base.sequence_parallel} does not divide {base.devices} devices"
+        )
     if base.seq_length > model.max_seq_len:
         raise UserError(f"--seq-length {base.seq_length} is longer than max_seq_len {model.max_seq_len}")
     choices = best_of_stages(model, base, memory)
@@ -106,6 +113,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--hpz", type=positive, default=1, help="zero_hpz_partition_size of ZeRO-3: the devices of a node"
+    )
+    parser.add_argument(
+        "--sequence-parallel", type=positive, default=1, help="neighbouring devices that share each sample"
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     return parser.parse_args()
@@ -179,6 +189,8 @@ def paste(setup: TrainingSetup) -> str:
         "ckpoint_layer": setup.checkpointed_layers,
         "zero_stage": setup.zero_stage,
     }
+    if setup.sequence_parallel > 1:
+        words["sequence_parallel"] = setup.sequence_parallel
     return " ".join(f"{key}={value}" for key, value in words.items())
 
 
@@ -187,7 +199,8 @@ def show(name: str, model: ModelConfig, choices: list[Choice], memory: float) ->
     known_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(highlight=False, width=None if known_width else 100)
     print(
-        f"{name}: {model.parameter_count():,} parameters, sequence {base.seq_length}, {base.precision}, "
+        f"{name}: {model.parameter_count():,} parameters, sequence {base.seq_length}"
+        f"{f' on {base.sequence_parallel} devices' * (base.sequence_parallel > 1)}, {base.precision}, "
         f"{base.devices} device(s) of {memory / 1e9:.1f} GB ({memory / GIB:.1f} GiB)"
     )
     table = stage_table("GiB a device", choices)

@@ -41,7 +41,7 @@ from aquila.training.deepspeed.config import PRECISIONS, parameter_groups
 from aquila.training.deepspeed.engine import Engine
 from aquila.training.deepspeed.muon import make_muon
 from aquila.training.deepspeed.processes import processes
-from aquila.training.deepspeed.ranks import on_first_rank
+from aquila.training.deepspeed.ranks import on_first_rank, share_samples
 from aquila.training.deepspeed.sharded_model import Fill, divide_model
 from aquila.training.evaluation import BATCH as EVALUATION_BATCH
 from aquila.training.evaluation import SPLIT, Evaluator, token_bytes
@@ -126,6 +126,8 @@ def train(
     folder = on_first_rank(lambda: find_resume(run_dir, run.resume))
     resumption = Resumption(folder, effective, world_size) if folder else None
     model = build_model(effective, backend, device, folder)
+    if run.sequence_parallel > 1:
+        model.divide_sequence(share_samples(run.sequence_parallel, run.group_timeout))
     if run.optimizer == "muon":
         optimizer = make_muon(model, run, device)
     else:
@@ -161,7 +163,7 @@ def train(
             after_saves.append(LmEvaluator(run_dir, run.lm_eval, log.scored))
         for line in after_saves:
             closing.callback(line.wait, watchdog.alive)
-    shares = (rank, world_size, run.batch_size)
+    shares = (rank // run.sequence_parallel, run.replicas(world_size), run.batch_size)
     batches = Batches(
         corpora.train, state.consumed_samples, *shares, document_mask=run.document_mask, device=device
     )
@@ -319,7 +321,7 @@ def open_held_out(effective: EffectiveConfig, corpora: Corpora) -> dict[str, Sam
 def make_evaluator(
     effective: EffectiveConfig, engine: Engine, sets: dict[str, SampleStream], shares: tuple[int, int, int]
 ) -> Evaluator:
-    """shares: this rank, the number of ranks, samples of a micro step."""
+    """shares: this rank's place among those with other samples, their number, samples of a micro step."""
     run, sizes = effective.run, None
     if has_tokenizer(effective.model_dir):
         tokenizer = load_tokenizer(effective.model_dir)

@@ -282,6 +282,7 @@ def _cross_check(effective: EffectiveConfig, json_file: DeepSpeedFile | None) ->
             "gradient_accumulation_steps x devices"
         )
     _check_steering(effective)
+    _check_sequence_parallel(effective)
     _check_muon(effective)
     _check_lm_eval(effective)
     if not (run.save_optim and run.save_rng):
@@ -309,6 +310,22 @@ def _check_steering(effective: EffectiveConfig) -> None:
             f"wsd_start {run.wsd_start} ({sources['wsd_start']}) is not before step {end}, where the decay "
             "ends; raise train_iters or lr_decay_iters"
         )
+
+
+def _check_sequence_parallel(effective: EffectiveConfig) -> None:
+    """Whether so many ranks can share a sample of this length, and its heads."""
+    run, model, length = effective.run, effective.model, effective.seq_length
+    size = run.sequence_parallel
+    if size == 1:
+        return
+    what = f"sequence_parallel {size} ({effective.sources['sequence_parallel']})"
+    if problem := model.why_not_shared(size, length):
+        raise UserError(f"{what} {problem} ({effective.model_dir / 'config.json'})")
+    effective.notes.append(
+        f"{what}: {size} neighbouring ranks share each sample, each with {length // size} of its {length} "
+        "positions; a step takes batch_size x gradient_accumulation_steps x devices / sequence_parallel "
+        "samples"
+    )
 
 
 def _check_lm_eval(effective: EffectiveConfig) -> None:

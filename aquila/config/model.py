@@ -73,6 +73,19 @@ class ModelConfig(StrictModel):
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
 
+    def why_not_shared(self, size: int, length: int) -> str | None:
+        """Why `size` ranks cannot share samples of `length` positions and the heads of attention, if so."""
+        if length % size:
+            return f"does not divide seq_length {length}"
+        if self.n_heads % size:
+            return f"does not divide the {self.n_heads} heads, which attention shares"
+        if self.kv_heads % size and size % self.kv_heads:
+            return (
+                f"neither divides the {self.kv_heads} heads of keys and values nor is a multiple of them: no "
+                "rank would hold whole heads"
+            )
+        return None
+
     @property
     def ffn_dim(self) -> int:
         """Feed-forward size: multiple_of * ceil(int(multiplier * int(8 dim / 3)) / multiple_of)."""

@@ -128,6 +128,8 @@ class RunConfig(StrictModel):
     """DeepSpeed ZeRO stage."""
     zero_step: Literal["auto", "blockwise", "deepspeed"] = "auto"
     """Whose optimizer step runs under ZeRO-1 and 2: this project's, block by block, or DeepSpeed's own."""
+    sequence_parallel: PositiveInt = 1
+    """Neighbouring ranks that share each sample, for long contexts: each holds seq_length / N positions."""
     overlap_comm: bool | None = None
     """Gradients are reduced on a stream of their own during backward; absent: yes, on NPUs no."""
 
@@ -237,9 +239,18 @@ class RunConfig(StrictModel):
         """Whether `skip_steps` names this step, counted from 1."""
         return any(step in steps for steps in parse_steps(self.skip_steps))
 
+    def replicas(self, world_size: int) -> int:
+        """Groups of `sequence_parallel` devices, each with samples of its own. Raises `UserError`."""
+        if world_size % self.sequence_parallel:
+            raise UserError(
+                f"sequence_parallel {self.sequence_parallel} does not divide the {world_size} device(s) of "
+                "the run; take a number that does, or other devices"
+            )
+        return world_size // self.sequence_parallel
+
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step over all devices."""
-        return self.batch_size * self.gradient_accumulation_steps * world_size
+        return self.batch_size * self.gradient_accumulation_steps * self.replicas(world_size)
 
 
 def as_blend(data: str | list[str | float]) -> list[str | float]:
@@ -284,13 +295,14 @@ def batch_sizes(run: RunConfig, world_size: int) -> list[tuple[int, int]]:
 
     Raises `UserError` for a size of `batch_size_schedule` that `world_size` devices cannot share.
     """
-    micro = run.batch_size * world_size
+    micro = run.batch_size * run.replicas(world_size)
+    parts = "batch_size x devices" + " / sequence_parallel" * (run.sequence_parallel > 1)
     for step, samples in run.batch_size_schedule.items():
         if samples % micro:
+            below = samples // micro * micro
             raise UserError(
-                f"batch_size_schedule: {step}: {samples} samples do not divide by batch_size x devices = "
-                f"{micro}; near ones that do are {max(1, samples // micro) * micro} "
-                f"and {(samples // micro + 1) * micro}"
+                f"batch_size_schedule: {step}: {samples} samples do not divide by {parts} = {micro}; "
+                f"near ones that do are {below or micro} and {below + micro}"
             )
     return sorted(({0: run.global_batch_size(world_size)} | run.batch_size_schedule).items())
 

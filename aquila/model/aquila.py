@@ -21,6 +21,7 @@ from aquila.model.cache import KVCache
 from aquila.model.linear import JoinedProducts, Linear
 from aquila.model.loss import cross_entropy
 from aquila.model.rotary import RotaryTables, positions_in_documents
+from aquila.model.sequence_parallel import SequenceShard
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +58,7 @@ class Attention(JoinedProducts):
     def __init__(self, config: ModelConfig, kind: str):
         super().__init__()
         self.kind = kind
+        self.shard: SequenceShard | None = None
         self.head_dim = config.head_dim
         kv_dim = config.kv_heads * config.head_dim
         width = config.n_heads * config.head_dim
@@ -78,6 +80,8 @@ class Attention(JoinedProducts):
         q = backend.rotary(q, cos, sin)  # (B, S, H, D)
         k = backend.rotary(k, cos, sin)  # (B, S, K, D)
         v = v.contiguous()  # kept for backward, and not the joined output with it
+        if self.shard is not None:
+            q, k, v = self.shard.to_heads(q, k, v)
         start = 0
         if cache is not None:
             store, layer = cache
@@ -85,6 +89,8 @@ class Attention(JoinedProducts):
             k, v = store.put(layer, k, v)  # (B, T, K, D)
         kind = backend.attention_kind(self.kind)
         out = backend.attention(q, k, v, kind=kind, documents=documents, start=start)  # (B, S, H, D)
+        if self.shard is not None:
+            out = self.shard.to_positions(out)
         return self.wo(out.flatten(-2))
 
     def step(self, x: Tensor, kv: Tensor, rows: StepRows) -> Tensor:
@@ -168,6 +174,7 @@ class AquilaModel(nn.Module):
             raise ValueError(f"attention '{attention}' is not one of auto, {', '.join(ATTENTION_KINDS)}")
         device = torch.device(device)
         self.config, self.attention, self.recompute, self.z_loss = config, attention, recompute, z_loss
+        self.shard: SequenceShard | None = None
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, device="meta")
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -253,12 +260,26 @@ class AquilaModel(nn.Module):
         `documents` numbers each token's document within its row, never decreasing: attention stays within a
         document and positions start anew in each. With `cache` the tokens follow those it holds.
         `token_losses` gets each label's loss, fp32 (B, S), 0 where it does not count.
+
+        After `divide_sequence` the inputs are whole and the results are of this rank's positions; the mean of
+        the losses of all ranks is the loss.
         """
         hidden = self.hidden(tokens, documents, cache)
         if labels is None:
             return self.output(hidden)
+        total = None
+        if self.shard is not None:
+            loss_mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
+            total = loss_mask.sum() / self.shard.size
+            labels, loss_mask = self.shard.part(labels), self.shard.part(loss_mask)
         return cross_entropy(
-            hidden, self.output.weight, labels, loss_mask, z_loss=self.z_loss, token_losses=token_losses
+            hidden,
+            self.output.weight,
+            labels,
+            loss_mask,
+            total=total,
+            z_loss=self.z_loss,
+            token_losses=token_losses,
         )
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -268,6 +289,8 @@ class AquilaModel(nn.Module):
             start = cache.length
             documents = cache.extend(seq, documents)  # (B, T): those of the cached tokens, too
         cos, sin = self._angles(start, seq, documents, tokens.device)
+        if self.shard is not None:
+            tokens, cos, sin = (self.shard.part(whole) for whole in (tokens, cos, sin))
         x = self.tok_embeddings(tokens)
         for number, layer in enumerate(self.layers):
             if cache is not None:
@@ -296,6 +319,13 @@ class AquilaModel(nn.Module):
             options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
         # Nothing in a layer is random, so no random state has to be kept and restored.
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def divide_sequence(self, shard: SequenceShard) -> None:
+        """From now on this rank computes its positions of each sample alone, and attention for some heads."""
+        self.shard = shard
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.shard = shard
 
     def convert_to_fp8(self, recipe: str) -> None:
         """The layers' matrices multiply in float8 from now on; parameters and their names stay as they are.

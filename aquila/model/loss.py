@@ -33,6 +33,7 @@ def cross_entropy(
     labels: Tensor,
     loss_mask: Tensor | None = None,
     *,
+    total: Tensor | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
     backend: ModuleType | None = None,
@@ -43,6 +44,7 @@ def cross_entropy(
     hidden (..., dim); weight (V, dim), the output matrix; labels int64 (...), already shifted; loss_mask
     (...) weights each token (None: all count). Labels of masked tokens may be anything. With no token
     counted the loss and its gradients are zero. `z_loss` adds z_loss * mean(lse^2) (PaLM, arXiv 2204.02311).
+    `total`: what the sum is divided by, where it is not the tokens that count here.
     `chunk`: tokens at a time, instead of what is best here. `token_losses` gets each token's loss times its
     mask, fp32 (...), without a gradient.
     """
@@ -54,10 +56,11 @@ def cross_entropy(
     if hidden.shape[0] != labels.shape[0] or mask.shape != labels.shape:
         raise ValueError(f"{hidden.shape[0]} hidden states, {len(labels)} labels, {len(mask)} mask values")
     labels = labels.masked_fill(mask == 0, 0)
+    total = (mask.sum() if total is None else total).clamp_min(torch.finfo(torch.float32).tiny)
     backend = backend or get_backend(hidden.device.type)
     found: list[Tensor] = []
     gradients = torch.is_grad_enabled()
-    loss = _CrossEntropy.apply(hidden, weight, labels, mask, z_loss, chunk, backend, gradients, found)
+    loss = _CrossEntropy.apply(hidden, weight, labels, mask, total, z_loss, chunk, backend, gradients, found)
     if token_losses is not None:
         token_losses.append(found[0].view(shape))
     return loss
@@ -67,8 +70,9 @@ class _CrossEntropy(torch.autograd.Function):
     """The gradients are made in forward, for an upstream gradient of one; backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, z_loss, chunk, backend, with_gradients, token_losses):
-        total = mask.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    def forward(
+        ctx, hidden, weight, labels, mask, total, z_loss, chunk, backend, with_gradients, token_losses
+    ):
         half = hidden.dtype == torch.float16
         # Under fp16 the mean's division waits for backward, where the loss scale has come in.
         scale = mask * FP16_SCALE if half else mask / total
@@ -92,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor.item() != 1:  # multiplied in fp32, rounded once
             hidden = None if hidden is None else (hidden.to(factor.dtype) * factor).to(hidden.dtype)
             weight = None if weight is None else weight.mul_(factor)
-        return hidden, None if weight is None else weight.to(ctx.dtype), *[None] * 7
+        return hidden, None if weight is None else weight.to(ctx.dtype), *[None] * 8
 
 
 def _chunked(

@@ -37,6 +37,8 @@ class TrainingSetup:
     precision: str = "bf16"
     zero_stage: int = 2
     offload: bool = False
+    sequence_parallel: int = 1
+    """Devices that share each sample."""
     hpz: int = 1
     """`zero_hpz_partition_size`: devices that hold a second copy of ZeRO-3's weights together."""
     checkpointed_layers: int = 0
@@ -70,7 +72,8 @@ class TrainingSetup:
 
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.seq_length
+        """Of a micro step on one device."""
+        return self.batch_size * self.seq_length // self.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -215,10 +218,16 @@ def layer_activations(model: ModelConfig, setup: TrainingSetup) -> float:
     norms = 2 * (2 * b * dim + 4)  # two: input, output, and a scale in fp32
     attention = b * (q_dim + 2 * kv_dim) + b * q_dim + setup.statistics * model.n_heads
     feed_forward = (3 if setup.one_pass else 4) * b * model.ffn_dim
+    attention += b * (sent_kv_dim(model, setup) - 2 * kv_dim)  # what attention keeps of keys and values
     kept = tokens * (norms + attention + feed_forward)
-    if not setup.one_pass:
-        kept += setup.seq_length * 8 * model.head_dim  # cosines and sines of queries and keys
-    return kept + _kept_scores(model, setup)
+    if not setup.one_pass:  # cosines and sines of queries and keys
+        kept += setup.seq_length // setup.sequence_parallel * 8 * model.head_dim
+    return kept + _kept_scores(model, setup) / setup.sequence_parallel
+
+
+def sent_kv_dim(model: ModelConfig, setup: TrainingSetup) -> int:
+    """Width of keys and values together in attention: some more than once where ranks outnumber them."""
+    return 2 * max(model.kv_heads, setup.sequence_parallel) * model.head_dim
 
 
 def _kept_scores(model: ModelConfig, setup: TrainingSetup) -> float:
@@ -251,6 +260,8 @@ def _activations(model: ModelConfig, setup: TrainingSetup) -> tuple[float, float
     kept += tokens * 3 * b * model.dim  # embedding, last norm
     # Backward holds the gradients of a layer's widest part beside what it reads.
     gradients = tokens * b * (3 * model.ffn_dim + 2 * model.dim)
+    if setup.sequence_parallel > 1:  # one of q, k and v as it is sent, and as it comes
+        gradients += 2 * tokens * b * model.n_heads * model.head_dim
     return kept, gradients + (whole if recomputed else 0)
 
 
@@ -272,14 +283,23 @@ def bytes_sent(model: ModelConfig, setup: TrainingSetup) -> float:
     Stage 0: one all-reduce; 1: reduce-scatter and all-gather; 2: in every micro step an all-reduce, for
     DeepSpeed reduces buckets that several ranks own in that way (counted: docs/scaling.md), and one
     all-gather; 3: in every micro step two all-gathers and a reduce-scatter. With hierarchical partitioning
-    (`hpz`) the second all-gather stays within a node, and is not counted here.
+    (`hpz`) the second all-gather stays within a node, and is not counted here. Devices that share samples
+    send queries, keys, values and attention's output among them, and back in backward (`sequence_parallel`).
     """
     once = model.parameter_count() * setup.dtype_bytes * (setup.devices - 1) / setup.devices
     micro_steps = setup.gradient_accumulation_steps
-    return (
+    return micro_steps * _sequence_bytes(model, setup) + (
         once
         * {0: 2, 1: 2, 2: 2 * micro_steps + 1, 3: (2 if setup.hpz > 1 else 3) * micro_steps}[setup.zero_stage]
     )
+
+
+def _sequence_bytes(model: ModelConfig, setup: TrainingSetup) -> float:
+    """Bytes that all-to-alls around attention send in a micro step: forward, backward, forward again."""
+    leaving = (setup.sequence_parallel - 1) / setup.sequence_parallel
+    width = 2 * model.n_heads * model.head_dim + sent_kv_dim(model, setup)
+    passes = 2 * model.n_layers + min(setup.checkpointed_layers, model.n_layers)
+    return passes * setup.dtype_bytes * setup.tokens * width * leaving
 
 
 CPU_FIXED = 480 << 20
@@ -314,6 +334,7 @@ def setup_of(
         precision="bf16" if run.precision == "auto" else run.precision,
         zero_stage=run.zero_stage,
         offload=bool(offload),
+        sequence_parallel=run.sequence_parallel,
         hpz=int(zero.get("zero_hpz_partition_size", 1)) if run.zero_stage == 3 else 1,
         checkpointed_layers=min(recomputed, model.n_layers),
         gradient_accumulation_steps=run.gradient_accumulation_steps,

@@ -214,6 +214,7 @@ class Checkpointer:
             "seed": run.seed,
             "precision": run.precision,
             "zero_stage": run.zero_stage,
+            "sequence_parallel": run.sequence_parallel,
             "optimizer": run.optimizer,
             "launch": launch_id(),
             "version": aquila.__version__,

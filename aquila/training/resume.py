@@ -130,8 +130,8 @@ class Resumption:
 
 def _facts(folder: Path) -> dict[str, Any]:
     """`state.json`, with a number wherever the run counts on one."""
-    facts = read_state(folder)
-    counts = ("world_size", "zero_stage", "batch_size", "gradient_accumulation_steps")
+    facts = {"sequence_parallel": 1} | read_state(folder)  # without one it is of before there was any
+    counts = ("world_size", "zero_stage", "batch_size", "gradient_accumulation_steps", "sequence_parallel")
     wrong = [
         key
         for key in (*TrainState.__dataclass_fields__, *counts)
@@ -155,7 +155,8 @@ def same_samples_per_step(facts: dict[str, Any], effective: EffectiveConfig, wor
     """A warning when a step now takes another number of samples than in the checkpoint's run."""
     if effective.run.batch_size_schedule:
         return None  # the schedule says how many
-    then = facts["batch_size"] * facts["gradient_accumulation_steps"] * facts["world_size"]
+    replicas = facts["world_size"] // max(1, facts["sequence_parallel"])
+    then = facts["batch_size"] * facts["gradient_accumulation_steps"] * replicas
     now = effective.run.global_batch_size(world_size)
     if then == now:
         return None

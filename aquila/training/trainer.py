@@ -85,7 +85,7 @@ class Trainer:
         self.timer.start()
         step = self.state.step + 1
         samples = self.schedule.samples_of(step)
-        micro_steps = samples // (self.config.batch_size * self.engine.world_size)
+        micro_steps = samples // (self.config.batch_size * self.config.replicas(self.engine.world_size))
         micro_batches = [next(self.batches) for _ in range(micro_steps)]
         flags = StepFlags(self.requests.stop, self.requests.save, self.checkpointer.written)
         self.requests.save = False

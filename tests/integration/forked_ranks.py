@@ -2,7 +2,7 @@
 everything: a second each instead of ten. Used from a project's folder: `python forked_ranks.py JOBS.json`.
 
 A job is {"ranks": 4, "args": [...]}. "memory": True prints what each rank held at most above the imports
-while its model was built, and ends there; "step": what its second step took. "limit": N lets each rank have N
+while its model was built, and ends there; "step": what its second step took; "steps": what the first two took. "limit": N lets each rank have N
 bytes of data above the imports. "kill": PATH kills all ranks once PATH exists.
 Prints for each job its statuses as a line `JOB [0, 0, 0, 0]`, after the ranks' own output.
 """
@@ -64,16 +64,21 @@ def watch_memory(rank: int) -> None:
     pretrain.build_model = watched
 
 
-def watch_step(rank: int) -> None:
-    """Prints what the second step held at most above what stood before it, as a part of the model's size."""
+def watch_step(rank: int, *, from_the_first: bool = False) -> None:
+    """Prints what the second step held at most above what stood before it, as a part of the model's size.
+
+    from_the_first: the first two steps, together: an allocator may keep what the first one took.
+    """
     from aquila.training.deepspeed.engine import Engine
 
-    step, calls = Engine.train_step, []
+    step, calls, stood = Engine.train_step, [], []
 
     def watched(engine, *args, **options):
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
-        before = status("VmRSS")
+        if not (from_the_first and stood):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak starts anew
+            stood.append(status("VmRSS"))
+        before = stood[-1]
         result = step(engine, *args, **options)
         whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.model.parameters())
         calls.append((status("VmHWM") - before) / whole)
@@ -93,7 +98,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
     from aquila.core.errors import run_command
 
     if job.get("memory"):
-        watch_step(rank) if job["memory"] == "step" else watch_memory(rank)
+        steps = job["memory"] in ("step", "steps")
+        watch_step(rank, from_the_first=job["memory"] == "steps") if steps else watch_memory(rank)
     if job.get("limit"):
         most = status("VmData") + int(job["limit"])
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

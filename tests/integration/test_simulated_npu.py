@@ -56,6 +56,8 @@ MORE_ON_ONE_RANK = {
 }
 MORE_ON_TWO_RANKS = {
     "two-zero2": (FP32, "zero_stage=2", "overlap_comm=True", "gradient_accumulation_steps=2"),
+    "two-shared": (FP32, "zero_stage=2", PACKED, "attention=fused", "sequence_parallel=2"),
+    "two-shared3": (FP32, "zero_stage=3", TRIANGLE, SELECTIVE, "sequence_parallel=2"),
     "two-export16": ("precision=bf16", "zero_stage=3", TRIANGLE, "export=hf"),
 }
 

@@ -117,6 +117,18 @@ def test_the_triangle_is_counted(monkeypatch, capsys, model_dir: Path) -> None:
     assert kept[0] > 1.4 * kept[1]
 
 
+def test_devices_that_share_samples(monkeypatch, capsys, model_dir: Path) -> None:
+    words = (model_dir, "--devices", "8", "--memory", "64GB", "--sequence-parallel")
+    assert run_plan(monkeypatch, *words, "4") == 0
+    said = capsys.readouterr().out
+    assert "sequence 2048 on 4 devices" in said
+    assert "sequence_parallel=4" in said
+    with pytest.raises(UserError, match="--sequence-parallel 5 does not divide seq_length 2048"):
+        run_plan(monkeypatch, *words, "5")
+    with pytest.raises(UserError, match="--sequence-parallel 16 does not divide 8 devices"):
+        run_plan(monkeypatch, *words, "16")
+
+
 def test_the_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, model_dir: Path) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     run_plan(monkeypatch, model_dir, "--devices", "1024", "--memory", "64GB")

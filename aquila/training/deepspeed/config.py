@@ -16,7 +16,8 @@ def deepspeed_config(effective: EffectiveConfig, world_size: int) -> dict[str, A
     """What DeepSpeed is told: our run keys, over what `deepspeed.json` says to it alone."""
     run = effective.run
     # The most that any step takes: it decides the buffers; each step then says its own.
-    most = max(samples for _, samples in batch_sizes(run, world_size)) // (run.batch_size * world_size)
+    micro = run.batch_size * run.replicas(world_size)
+    most = max(samples for _, samples in batch_sizes(run, world_size)) // micro
     zero: dict[str, Any] = {"contiguous_gradients": True, "reduce_scatter": True}
     zero |= effective.deepspeed.get("zero_optimization", {})
     check_groups(zero, run.zero_stage, world_size)

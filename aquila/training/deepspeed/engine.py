@@ -80,8 +80,9 @@ class StepResult:
 
     loss: mean over ranks and micro steps. grad_norm: before clipping. skipped: the optimizer did
     not step because something was not finite, or the loss was a spike. rank_losses and
-    forward_seconds: (world size,), to find who it was. bad_gradient_ranks: whose own gradients were not
-    finite. flags: what the ranks told one another with it.
+    forward_seconds: (world size,), to find who it was; of ranks that share samples each has its part of the
+    loss. bad_gradient_ranks: whose own gradients were not finite. flags: what the ranks told one another
+    with it.
     """
 
     loss: float
@@ -141,6 +142,8 @@ class Engine:
         self._stage = effective.run.zero_stage
         self._is_muon = effective.run.optimizer == "muon"
         self._precision = effective.run.precision
+        self._sharers = effective.run.sequence_parallel
+        """Ranks that count the same sample, each a part of its losses."""
         if not self._is_muon:
             import_muon_uncompiled()
         with _one_zero_optimizer():
@@ -298,9 +301,8 @@ class Engine:
         self._engine.set_train_batch_size(micro_steps * micro_batch * self.world_size)
         self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
 
-    @staticmethod
     def _loss(
-        module: torch.nn.Module, batch: MicroBatch, by_corpus: torch.Tensor | None = None
+        self, module: torch.nn.Module, batch: MicroBatch, by_corpus: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The batch's loss; `by_corpus` (2, corpora) gets the sums of its rows' losses and counted tokens."""
         inputs = {"labels": batch.labels, "loss_mask": batch.loss_mask, "documents": batch.documents}
@@ -308,7 +310,7 @@ class Engine:
             return module(batch.tokens, **inputs)
         found: list[torch.Tensor] = []
         loss = module(batch.tokens, **inputs, token_losses=found)
-        rows = torch.stack((found[0].sum(1), batch.loss_mask.sum(1)))
+        rows = torch.stack((found[0].sum(1), batch.loss_mask.sum(1) / self._sharers))
         by_corpus.index_add_(1, batch.corpora, rows)
         return loss
 
@@ -323,12 +325,13 @@ class Engine:
         total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
-            counted = batch.loss_mask.sum().item()
+            counted = batch.loss_mask.sum().item() / self._sharers
             total += self._loss(self.model, batch).item() * counted
             count += counted
             self.alive()
             if token_bytes is not None:
-                size += (token_bytes[batch.labels] * batch.loss_mask).sum(dtype=torch.float64).item()
+                sizes = token_bytes[batch.labels] * batch.loss_mask
+                size += sizes.sum(dtype=torch.float64).item() / self._sharers
         self.model.train()
         totals, counts, sizes = self.gather(total, count, size)
         return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None

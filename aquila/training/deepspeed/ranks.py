@@ -1,12 +1,14 @@
-"""What one rank does for all."""
+"""What one rank does for all, and ranks that share samples."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from aquila.core.errors import UserError
+from aquila.model.sequence_parallel import SequenceShard
 
 Result = TypeVar("Result")
 _TELL_SECONDS = 1.0
@@ -33,6 +35,18 @@ def on_first_rank(function: Callable[[], Result], alive: Callable[[], None] = la
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def share_samples(size: int, timeout: float) -> SequenceShard:
+    """This rank's place among `size` neighbours that share each sample. All ranks together.
+
+    DeepSpeed is told nothing of it: to ZeRO all ranks are alike, each with a part of the loss.
+    """
+    rank, groups = dist.get_rank(), []
+    for first in range(0, dist.get_world_size(), size):
+        members = list(range(first, first + size))
+        groups.append(dist.new_group(members, timeout=timedelta(seconds=timeout)))
+    return SequenceShard(groups[rank // size], rank % size, size)
 
 
 def _result(work: Future) -> tuple[Any, str | None]:

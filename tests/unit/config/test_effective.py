@@ -140,6 +140,35 @@ def test_wrong_overrides(project: Path, override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "length", "heads", "message"),
+    [
+        (3, 128, {}, "does not divide seq_length 128"),
+        (4, 126, {}, "does not divide seq_length 126"),
+        (8, 128, {}, "does not divide the 4 heads"),
+        (4, 120, {"n_heads": 12, "n_kv_heads": 6}, "neither divides the 6 heads of keys and values nor"),
+    ],
+)
+def test_ranks_that_cannot_share_samples(
+    project: Path, size: int, length: int, heads: dict, message: str
+) -> None:
+    rewrite(project, "checkpoints_in/tiny/config.json", **heads, **({"dim": 120} if heads else {}))
+    with pytest.raises(UserError) as error:
+        load(project, f"sequence_parallel={size}", f"seq_length={length}")
+    assert message in str(error.value)
+    assert f"sequence_parallel {size} (command line)" in str(error.value)
+
+
+def test_ranks_that_share_samples_take_fewer_of_them(project: Path) -> None:
+    effective = load(
+        project, "sequence_parallel=4", "batch_size=2", "gradient_accumulation_steps=3", "seq_length=128"
+    )
+    assert effective.run.global_batch_size(8) == 12
+    assert any("4 neighbouring ranks share each sample" in note for note in effective.notes)
+    with pytest.raises(UserError, match="does not divide the 6 device"):
+        effective.run.global_batch_size(6)
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("run.yaml", {"warmup": 0.1}, "unknown key 'warmup'; did you mean 'warm_up'?"),

@@ -156,6 +156,19 @@ def test_building_is_a_moment_of_its_own():
     assert found == [2 * whole + 7, 2 * (whole / 64 + largest) + 7]
 
 
+def test_devices_that_share_samples_hold_less_and_send_more():
+    """Per layer and pass each sends (N-1)/N of queries, keys, values and what attention gives."""
+    setup = TrainingSetup(devices=64, batch_size=1, seq_length=4096, zero_stage=3)
+    alone, shared = setup, replace(setup, sequence_parallel=8)
+    whole, part = (estimate(SEVEN_B, each) for each in (alone, shared))
+    assert part.activations == pytest.approx(whole.activations / 8)
+    assert (part.parameters, part.optimizer) == (whole.parameters, whole.optimizer)
+    extra = bytes_sent(SEVEN_B, shared) - bytes_sent(SEVEN_B, alone)
+    assert extra == 2 * 32 * 2 * 512 * 4 * 4096 * 7 / 8
+    few = SEVEN_B.model_copy(update={"n_kv_heads": 4})  # each is sent to two
+    assert bytes_sent(few, shared) - bytes_sent(few, alone) == pytest.approx(extra * 2.5 / 4)
+
+
 def test_hierarchical_partitions_take_memory_and_save_traffic():
     setup = TrainingSetup(devices=64, batch_size=1, seq_length=128, zero_stage=3)
     flat, divided = (estimate(SEVEN_B, replace(setup, hpz=size)) for size in (1, 8))
