@@ -246,6 +246,8 @@ class Engine:
             math.nan if norm is None else norm,
             forward_seconds,
         )
+        if by_corpus is not None:
+            by_corpus[1] /= self._sharers
         sums = [] if by_corpus is None else list(by_corpus.flatten())
         losses, gradients, norms, seconds, *told = self.gather(*values, *flags, *sums)
         told, sums = told[: len(flags)], [sum(column) for column in told[len(flags) :]]
@@ -301,8 +303,9 @@ class Engine:
         self._engine.set_train_batch_size(micro_steps * micro_batch * self.world_size)
         self._engine.micro_steps = 0  # it counts on from here: the end of a step is where it divides
 
+    @staticmethod
     def _loss(
-        self, module: torch.nn.Module, batch: MicroBatch, by_corpus: torch.Tensor | None = None
+        module: torch.nn.Module, batch: MicroBatch, by_corpus: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The batch's loss; `by_corpus` (2, corpora) gets the sums of its rows' losses and counted tokens."""
         inputs = {"labels": batch.labels, "loss_mask": batch.loss_mask, "documents": batch.documents}
@@ -310,7 +313,7 @@ class Engine:
             return module(batch.tokens, **inputs)
         found: list[torch.Tensor] = []
         loss = module(batch.tokens, **inputs, token_losses=found)
-        rows = torch.stack((found[0].sum(1), batch.loss_mask.sum(1) / self._sharers))
+        rows = torch.stack((found[0].sum(1), batch.loss_mask.sum(1)))
         by_corpus.index_add_(1, batch.corpora, rows)
         return loss
 
