@@ -2,8 +2,9 @@
 everything: a second each instead of ten. Used from a project's folder: `python forked_ranks.py JOBS.json`.
 
 A job is {"ranks": 4, "args": [...]}. "memory": True prints what each rank held at most above the imports
-while its model was built, and ends there; "step": what its second step took; "steps": what the first two took. "limit": N lets each rank have N
-bytes of data above the imports. "kill": PATH kills all ranks once PATH exists.
+while its model was built, and ends there; "step": what its second step took; "steps": what the first
+two took. "limit": N lets each rank have N bytes of data above the imports. "kill": PATH kills all ranks
+once PATH exists.
 Prints for each job its statuses as a line `JOB [0, 0, 0, 0]`, after the ranks' own output.
 """
 

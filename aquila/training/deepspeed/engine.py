@@ -333,8 +333,8 @@ class Engine:
             count += counted
             self.alive()
             if token_bytes is not None:
-                sizes = token_bytes[batch.labels] * batch.loss_mask
-                size += sizes.sum(dtype=torch.float64).item() / self._sharers
+                lengths = token_bytes[batch.labels] * batch.loss_mask
+                size += lengths.sum(dtype=torch.float64).item() / self._sharers
         self.model.train()
         totals, counts, sizes = self.gather(total, count, size)
         return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None
