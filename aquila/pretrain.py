@@ -349,11 +349,12 @@ def describe(
     told = (*backend.ENVIRONMENT_DEFAULTS, *(backend.DETERMINISTIC if run.deterministic else ()))
     variables = [f"{name}={os.environ[name]}" for name in told if name in os.environ]
     environment = f"environment: {', '.join(variables)}\n" if variables else ""
+    placement = f"{backend.placement()}\n" if backend.placement() else ""
     sizes = ", then ".join(str(samples) for _, samples in schedule.batch_sizes)
     kernels = ", ".join(f"{operation}: {kernel}" for operation, kernel in backend.kernels().items())
     return (
         f"{world_size} x {backend.device_name()}, {run.precision}, ZeRO-{run.zero_stage}; {kernels}\n"
-        f"{environment}"
+        f"{environment}{placement}"
         f"{train} training and {valid} validation samples of {effective.seq_length} tokens; "
         f"{schedule.total_steps} steps of {sizes} samples, "
         f"{schedule.warmup_steps} of them warm-up\n"

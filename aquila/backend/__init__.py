@@ -11,6 +11,7 @@ device has. Every module offers:
 - `step_linear(x, weight, scale)`, the product of few rows, and `prepare_weight(weight)`;
   `prepare_generation()`, once in a process that generates;
   `step_attention(qkv, kv, rows)`, its attention over the cache;
+- `know_documents(here, there)`, when a batch's documents have been copied to the device;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,
   `OVERLAP_COMM` whether gradients are reduced during backward by default,
@@ -23,6 +24,7 @@ device has. Every module offers:
   `convert_to_fp8(layers, recipe)` makes them so;
 - `optimizer(kind, params, lr, betas, eps, weight_decay)`, `optimizer_kind(asked)`, `OPTIMIZERS`;
 - `COMMUNICATION`, `device_count()`, `set_device(local_rank)`, `device_name()`, `supported_precisions()`,
+  `placement()` (where the rank's threads run, for people),
   `allocate_compactly()` for ZeRO-3, `memory_gib()` (peak), `peak_flops(dtype)`, `synchronize()`,
   `kernels()` (what runs here, for people);
   `profiling(stem)`, a profiler over a block, which writes its files beside `stem` at its end.

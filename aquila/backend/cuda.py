@@ -36,6 +36,8 @@ OPTIMIZERS = ("torch", "apex")
 # What torch does as well here as anything else.
 add_weight_gradient = reference.add_weight_gradient
 embedding = reference.embedding
+know_documents = reference.know_documents
+placement = reference.placement
 linear = reference.linear
 prepare_weight = reference.prepare_weight
 rotary = reference.rotary

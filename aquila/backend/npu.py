@@ -5,6 +5,7 @@ documented meaning, and traced through torch_npu's own meta and autograd code. T
 and HCCL have not run on a device. Every call goes through `_call`, which holds it to the documented limits.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aquila.backend import common, npu_limits, reference
+from aquila.backend import affinity, common, npu_limits, reference
 from aquila.backend.made_once import MadeOnce
 from aquila.backend.npu_limits import COMPRESSED_MASK, RIGHT_DOWN_CAUSAL, SIZES
 from aquila.backend.reference import TRIANGLE_BLOCK
@@ -83,7 +84,8 @@ convert_to_fp8 = partial(common.refuse_fp8, _NO_FP8)
 
 # What every layer of a step needs again. Where each row's documents end, on the host: the kernel takes a
 # list, asked of the device. Masks of the triangle's blocks. Angles, each twice for its pair.
-_ENDS, _MASKS, _ANGLES = MadeOnce(), MadeOnce(), MadeOnce()
+_PLACED: list[str] = []
+_ENDS, _MASKS, _ANGLES = MadeOnce(64), MadeOnce(), MadeOnce()
 
 
 def __getattr__(name: str):
@@ -172,6 +174,11 @@ def _compressed_mask(device: torch.device) -> Tensor:
 def document_ends(documents: Tensor) -> list[int]:
     """Where each document ends in the rows of (B, S) laid end to end; a row's end ends a document."""
     return _ENDS.of(documents, lambda: _document_ends(documents.tolist()))
+
+
+def know_documents(here: Tensor, there: Tensor) -> None:
+    """`there`, on the device, has the values of `here`, on the host: it need not be asked for them."""
+    _ENDS.put(there, _document_ends(here.tolist()))
 
 
 def _document_ends(rows: list[list[int]]) -> list[int]:
@@ -334,17 +341,19 @@ def swiglu_halves(gate_up: Tensor) -> Tensor:
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, z_loss: float = 0.0, gradient: bool = True
 ) -> Tensor:
-    """As `reference.cross_entropy_`, over the kernel's log-probabilities.
+    """As `reference.cross_entropy_`, by the kernel and that of its gradient, which knows no z-loss.
 
-    Its own gradient allows no option to differ from the default; ours is made here, so none has to.
+    No gather, no scatter: over a vocabulary those may run on the device's few scalar cores, by their shapes.
     """
-    x, index = reference.upcast(logits), labels[:, None]
+    x = reference.upcast(logits)
     losses, log_probabilities, _, _ = _call("npu_cross_entropy_loss", x, labels, reduction="none")
-    lse = x.gather(1, index) - log_probabilities.gather(1, index)
+    lse = x.amax(1) - log_probabilities.amax(1) if z_loss else None
     if gradient:
-        grad_logits = log_probabilities.exp() * (scale[:, None] * (1 + 2 * z_loss * lse))
-        logits.copy_(grad_logits.scatter_add(1, index, -scale[:, None].to(grad_logits.dtype)))
-    return losses + z_loss * lse[:, 0].square()
+        slope = _call("npu_cross_entropy_loss_backward", scale, log_probabilities, labels, reduction="none")
+        if lse is not None:
+            slope += log_probabilities.exp_() * (2 * z_loss * lse * scale)[:, None]
+        logits.copy_(slope)
+    return losses if lse is None else losses + z_loss * lse.square()
 
 
 # ---- optimizer and machine -------------------------------------------------------------------------------
@@ -420,6 +429,7 @@ def set_device(local_rank: int) -> torch.device:
     """
     if local_rank >= device_count():
         raise ValueError(f"local rank {local_rank} has no NPU: {device_count()} are visible")
+    _PLACED[:] = [place_threads(local_rank)]
     common.set_defaults(ENVIRONMENT_DEFAULTS)
     torch.npu.set_device(local_rank)
     if _FIRST_GENERATION.fullmatch(device_name()):
@@ -428,6 +438,29 @@ def set_device(local_rank: int) -> torch.device:
             "npu_swiglu and npu_cross_entropy_loss; train on a 910B1 to 910B4 or a later chip"
         )
     return torch.device("npu", local_rank)
+
+
+def place_threads(local_rank: int) -> str:
+    """Keeps the rank's threads near its device, before torch_npu starts its own. Returns a line about it.
+
+    torch_npu's CPU_AFFINITY_CONF=1 gives each device an equal run of cores, wherever it is attached: that is
+    for machines on which the device's place is not known. What the user says there stays.
+    """
+    if asked := os.environ.get("CPU_AFFINITY_CONF"):
+        return f"threads: as CPU_AFFINITY_CONF={asked} says"
+    number = affinity.device_number(local_rank, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
+    addresses = affinity.bus_addresses()
+    if number is None or number >= len(addresses):
+        return "threads: CPU_AFFINITY_CONF=1, for npu-smi does not tell where the device is"
+    bound, line = affinity.bind_near(addresses[number])
+    if bound:
+        os.environ["CPU_AFFINITY_CONF"] = "0"
+    return line
+
+
+def placement() -> str:
+    """Where this rank's threads run, in words; empty before `set_device`."""
+    return "".join(_PLACED)
 
 
 make_deterministic = partial(common.make_deterministic, DETERMINISTIC)

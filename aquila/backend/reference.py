@@ -144,6 +144,16 @@ KEPT = {"one_pass": 0, "statistics": 4}
 fp8_support = host.fp8_support
 ENVIRONMENT_DEFAULTS: dict[str, str] = {}
 
+
+def placement() -> str:
+    """Where this rank's threads run, in words; empty where the system decides, as here."""
+    return ""
+
+
+def know_documents(here: Tensor, there: Tensor) -> None:
+    """`there`, on a device, has the values of `here`, on the host. Nobody asks for them here."""
+
+
 # ---- the rest of a block ---------------------------------------------------------------------------------
 
 

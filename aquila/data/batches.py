@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from aquila.backend import get_backend
 from aquila.data.indexed import SampleStream
 from aquila.data.sampler import micro_batch_indices
 
@@ -150,7 +151,10 @@ class Batches:
 def _moved(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    moved = _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    if batch.documents is not None and moved.documents is not None:
+        get_backend(device.type).know_documents(batch.documents, moved.documents)
+    return moved
 
 
 def _pinned(batch: Batch) -> Batch:

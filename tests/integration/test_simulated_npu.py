@@ -25,7 +25,7 @@ from tests.integration.launch_helpers import (
     wait_for,
 )
 from tests.integration.training_runs import exact, make_project, metrics
-from tests.npu_simulator import cann, recorded
+from tests.npu_simulator import ai_core, cann, recorded
 
 RUNS = Path(cann.__file__).with_name("runs.py")
 SHORT = ("train_iters=3", "eval_interval=2", "save_interval=100", "gradient_accumulation_steps=1")
@@ -167,7 +167,17 @@ def assert_same_losses(project: Path, name: str) -> None:
 
 
 def assert_within_limits(record: Path, *operators: str) -> None:
-    """Every call that was made keeps what the vendor documents; these operators were among them."""
+    """Every call that was made keeps what the vendor documents; these operators were among them.
+
+    And nothing was launched on the device's scalar cores.
+    """
+    elsewhere = {
+        f"{name}({dtypes})"
+        for name, launches in recorded.operators(record)
+        for dtypes in launches["dtypes"]
+        if ai_core.on_the_ai_cpu(name, dtypes)
+    }
+    assert elsewhere == set()
     seen = set()
     for name, arguments in recorded.calls(record):
         if name in npu_limits.CHECKS:
@@ -194,6 +204,33 @@ def test_one_rank_trains_stops_resumes_and_generates(
     answers = [json.loads(text[text.index('{"') :].splitlines()[0])["text"] for text in (npu, cpu)]
     assert answers[0] == answers[1]
     assert_within_limits(record, "npu_fusion_attention", "npu_scaled_masked_softmax")
+
+
+def reads(record: Path) -> int:
+    """How often the host waited for a value of the device."""
+    return sum(
+        count
+        for name, count in recorded.counts(record).items()
+        if name == "aten::_local_scalar_dense" or name.endswith("to the host")
+    )
+
+
+@pytest.mark.parametrize("options", [(), (PACKED,)], ids=["plain", "packed"])
+def test_a_step_reads_two_values_of_the_device(
+    project: Path, machine: dict[str, str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Whether its gradients are finite, before they are applied; and what is logged, at its end.
+
+    Two runs that differ by two steps of two micro steps.
+    """
+    found = []
+    for steps in (2, 4):
+        record = tmp_path / str(steps)
+        keys = (f"train_iters={steps}", "eval_interval=100", "gradient_accumulation_steps=2", *options)
+        command = pretrain(f"reads-{steps}-{len(options)}", keys)
+        finish(start(project, [command], 1, {**machine, "AQUILA_SIMULATED_RECORD": str(record)}))
+        found.append(reads(record))
+    assert found[1] - found[0] == 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -328,13 +328,14 @@ class Engine:
         total, count, size = 0.0, 0.0, 0.0
         self.model.eval()
         for batch in batches:
-            counted = batch.loss_mask.sum().item() / self._sharers
-            total += self._loss(self.model, batch).item() * counted
-            count += counted
-            self.alive()
+            told = [self._loss(self.model, batch).float(), batch.loss_mask.sum()]
             if token_bytes is not None:
-                lengths = token_bytes[batch.labels] * batch.loss_mask
-                size += lengths.sum(dtype=torch.float64).item() / self._sharers
+                told.append((token_bytes[batch.labels] * batch.loss_mask).sum())  # whole: fp32 holds 2^24
+            loss, counted, *lengths = torch.stack(told).tolist()  # one read, not three
+            total += loss * counted / self._sharers
+            count += counted / self._sharers
+            size += sum(lengths) / self._sharers
+            self.alive()
         self.model.train()
         totals, counts, sizes = self.gather(total, count, size)
         return Evaluation(sum(totals) / sum(counts), sum(counts), sum(sizes)) if sum(counts) else None

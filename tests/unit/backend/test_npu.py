@@ -33,6 +33,9 @@ def test_every_operator_is_checked_before_it_is_called():
         "npu_rms_norm": lambda: npu.rms_norm(torch.zeros(4), torch.ones(4), 1e-5),
         "npu_swiglu": lambda: npu.swiglu(x[..., :0], x[..., :0]),
         "npu_cross_entropy_loss": lambda: npu.cross_entropy_(torch.zeros(2, 5), labels, labels),
+        "npu_cross_entropy_loss_backward": lambda: npu.cross_entropy_(
+            torch.zeros(2, 5), labels.long(), labels.double()
+        ),
     }
     assert calls.keys() == npu_limits.CHECKS.keys() == npu_limits.SIZES.keys()
     for operator, call in calls.items():
@@ -107,6 +110,12 @@ def test_document_ends_count_rows_laid_end_to_end():
     documents = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 2]])
     assert npu.document_ends(documents) == [2, 4, 8, 9, 10, 12]
     assert npu.document_ends(documents) is npu.document_ends(documents)
+
+
+def test_documents_that_came_from_the_host_are_not_asked_of_the_device():
+    here, there = torch.tensor([[0, 0, 1]]), torch.zeros(1, 3, dtype=torch.int64)
+    npu.know_documents(here, there)
+    assert npu.document_ends(there[:]) == [2, 3]
 
 
 def test_without_torch_npu_there_is_no_device():

@@ -142,7 +142,7 @@ SIGNATURE = """COMMUNICATION COMPILE_BLOCKS LOGITS_BYTES OVERLAP_COMM KEPT ENVIR
 attention_kind convert_to_fp8 cross_entropy_ device_count device_name embedding fp8_support kernels linear
 memory_gib optimizer optimizer_kind peak_flops prepare_generation prepare_weight profiling rms_norm rotary
 set_device square_sum step_linear supported_precisions swiglu swiglu_halves TAKES_PARTS
-synchronize whole_cross_entropy"""
+synchronize whole_cross_entropy know_documents placement"""
 
 
 def test_each_backend_offers_the_whole_signature(backend):
