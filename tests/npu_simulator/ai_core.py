@@ -25,7 +25,7 @@ ALLOWED = {
     "aten::tril": {"bool"},
     # math/cast: pairs, see `CASTS`
     # math/: range, equal, not_equal, less, select (its condition is bool), maximum, sub, add, mul, is_finite
-    # (its result is bool), logical_or, logical_and, reduce_any, reduce_sum; bitwise ones of bool are logical ones
+    # (its result is bool), logical_or, logical_and, reduce_any, reduce_sum; bitwise ones of bool are logical
     "aten::arange": {"int32", "int64"},
     "aten::eq.Scalar": {"int32", "int64", "int8", "uint8", "bool"},
     "aten::eq.Tensor": {"int32", "int64", "int8", "uint8", "bool"},
