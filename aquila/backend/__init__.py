@@ -10,7 +10,8 @@ device has. Every module offers:
   `whole_cross_entropy(hidden, weight, labels, scale, z_loss, wanted)`;
 - `step_linear(x, weight, scale)`, the product of few rows, and `prepare_weight(weight)`;
   `prepare_generation()`, once in a process that generates;
-  `step_attention(qkv, kv, rows)`, its attention over the cache;
+  `step_attention(qkv, kv, rows)`, its attention over the cache; `prepare_layers(layers)`, all layers of a
+  step as one kernel, or None;
 - `know_documents(here, there)`, when a batch's documents have been copied to the device;
 - `attention_kind(asked)` resolves "auto"; `SAVED_IN_SELECTIVE` names the operators whose results
   selective recomputation keeps; `COMPILE_BLOCKS` says whether compiling each block pays by measurement,

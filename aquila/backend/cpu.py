@@ -21,6 +21,7 @@ from aquila.backend.cpu_kernels import step_attention as step_attention_kernel
 from aquila.backend.cpu_kernels.amx import attention as amx_attention
 from aquila.backend.cpu_kernels.amx import linear as amx_linear
 from aquila.backend.cpu_kernels.amx import linear_cross_entropy as amx_linear_cross_entropy
+from aquila.backend.cpu_kernels.step_layers import StepLayers
 from aquila.backend.reference import TRIANGLE_BLOCK
 
 COMMUNICATION = "gloo"
@@ -52,6 +53,7 @@ square_sum = fused_ops.square_sum
 know_documents = reference.know_documents
 placement = reference.placement
 prepare_generation = reference.prepare_generation
+prepare_layers = StepLayers
 profiling = reference.profiling
 fp8_support = reference.fp8_support
 device_count = host.device_count

@@ -40,6 +40,7 @@ know_documents = reference.know_documents
 placement = reference.placement
 linear = reference.linear
 prepare_weight = reference.prepare_weight
+prepare_layers = reference.prepare_layers
 rotary = reference.rotary
 swiglu = reference.swiglu
 swiglu_halves = reference.swiglu_halves

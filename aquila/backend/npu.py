@@ -58,6 +58,7 @@ add_weight_gradient = reference.add_weight_gradient
 embedding = reference.embedding
 linear = reference.linear
 prepare_generation = reference.prepare_generation
+prepare_layers = reference.prepare_layers
 prepare_weight = reference.prepare_weight
 step_linear = reference.step_linear
 whole_cross_entropy = reference.whole_cross_entropy

@@ -5,7 +5,7 @@ V vocabulary. Inner arithmetic is in fp32, or in fp64 for fp64 inputs (which tes
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,6 +226,47 @@ class StepRows(NamedTuple):
     places: Tensor  # the same, int64 (n,)
     cos: Tensor  # of these positions, fp32 (n, D / 2)
     sin: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """What a layer multiplies with in a generation step; matrices as in `step_linear`, scales of int8 ones.
+
+    qkv, gate_up: the matrices of queries, keys and values, of gate and up, one behind another.
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_scale: Tensor | None
+    wo: Tensor
+    wo_scale: Tensor | None
+    ffn_norm: Tensor
+    gate_up: Tensor
+    gate_up_scale: Tensor | None
+    w2: Tensor
+    w2_scale: Tensor | None
+    eps: float
+
+
+def step_layers(x: Tensor, layers: Sequence[LayerWeights], kv: Tensor, rows: StepRows) -> Tensor:
+    """All layers for one new token a row: x (n, dim) to (n, dim).
+
+    kv (layers, n, 2 K, room, D): as in `step_attention`, for each layer.
+    """
+    for layer, cache in zip(layers, kv, strict=True):
+        normed = rms_norm(x, layer.attention_norm, layer.eps)
+        qkv = step_linear(normed, layer.qkv, layer.qkv_scale).view(len(x), -1, kv.shape[-1])
+        x = x + step_linear(step_attention(qkv, cache, rows), layer.wo, layer.wo_scale)
+        gate_up = step_linear(rms_norm(x, layer.ffn_norm, layer.eps), layer.gate_up, layer.gate_up_scale)
+        x = x + step_linear(swiglu_halves(gate_up), layer.w2, layer.w2_scale)
+    return x
+
+
+def prepare_layers(layers: Sequence[LayerWeights]) -> Callable[..., Tensor | None] | None:
+    """`step_layers` for these layers, called with x, kv and rows, where a device has all of it as one kernel.
+
+    None, here too, where it has not: then the model's own layers run, one after the other; and so they do
+    where the call returns None.
+    """
 
 
 def step_attention(qkv: Tensor, kv: Tensor, rows: StepRows) -> Tensor:

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "bf16.h"
+#include "row_passes.h"
 
 namespace {
 
@@ -19,21 +19,7 @@ template <class T>
 void norm(const T* x, const T* weight, T* y, float* scale, int64_t rows, int64_t dim, float eps, int threads) {
     if (rows * dim <= CHUNK) threads = 1;  // waking the others takes longer
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const T* from = x + r * dim;
-        T* to = y + r * dim;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < dim; i++) sum += float(from[i]) * float(from[i]);
-        const float by = 1.0f / std::sqrt(sum / dim + eps);
-        scale[r] = by;
-#pragma omp simd
-        for (int64_t i = 0; i < dim; i++) {
-            T narrow;  // the definition rounds before the weight, too
-            store(&narrow, float(from[i]) * by);
-            store(to + i, float(narrow) * float(weight[i]));
-        }
-    }
+    for (int64_t r = 0; r < rows; r++) scale[r] = norm_row(x + r * dim, weight, y + r * dim, dim, eps);
 }
 
 // The gradient of a table of rows: for each row the sum over the tokens that took it, in their order; others zero.
@@ -97,8 +83,6 @@ void norm_backward(const T* x, const T* weight, const float* scale, const T* dy,
     }
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
-
 // gate and up: rows that begin `step` elements after one another; y is dense.
 template <class T>
 void gated(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_t step, int threads) {
@@ -109,8 +93,7 @@ void gated(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_
             const T *g = gate + r * step, *u = up + r * step;
             T* to = y + r * width;
             const int64_t last = std::min(width, first + CHUNK);
-#pragma omp simd
-            for (int64_t i = first; i < last; i++) store(to + i, float(g[i]) * sigmoid(g[i]) * float(u[i]));
+            gate_row(g + first, u + first, to + first, last - first);
         }
 }
 

@@ -49,6 +49,15 @@ def _few(rows: int, columns: int, weight: Tensor) -> bool:
     tiles = _tile_rows()
     if tiles and weight.shape[0] % 16 == 0 and columns % 32 == 0:
         return rows <= tiles
+    return _few_without_tiles(rows, columns, weight)
+
+
+def rows_by_vectors(rows: int, columns: int, weight: Tensor) -> bool:
+    """Whether `linear` would multiply so many rows of so many columns in its kernel without matrix tiles."""
+    return not _tile_rows() and _few_without_tiles(rows, columns, weight)
+
+
+def _few_without_tiles(rows: int, columns: int, weight: Tensor) -> bool:
     return rows <= 2 or (rows <= _MOST_ROWS and (rows * columns <= _MOST_X or weight.dtype == torch.int8))
 
 
