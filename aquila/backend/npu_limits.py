@@ -47,7 +47,6 @@ SIZES: dict[str, dict[str, Span]] = {
     "npu_rms_norm": {"dimensions": Span(2, 8)},
     "npu_swiglu": {"dimensions": Span(1, 8), "width": Span(2, 1 << 62, 2)},
     "npu_cross_entropy_loss": {"tokens": Span(1, 200_000), "classes": Span(1, 1 << 62)},
-    "npu_cross_entropy_loss_backward": {"tokens": Span(1, 200_000), "classes": Span(1, 1 << 62)},
 }
 COMPRESSED_MASK = 2048
 """Rows and columns of the mask that the causal sparse modes take, whatever the sequence length."""
@@ -191,17 +190,6 @@ def _cross_entropy_loss(input: Tensor, target: Tensor, *, reduction: str = "mean
         _refuse(name, f"labels {target.dtype} {tuple(target.shape)} must be int64 {(tokens,)}")
 
 
-def _cross_entropy_loss_backward(
-    grad_loss: Tensor, log_prob: Tensor, target: Tensor, *, reduction: str = "mean"
-) -> None:
-    name = "npu_cross_entropy_loss_backward"
-    _dtypes(name, log_prob, grad_loss)
-    tokens, classes = log_prob.shape
-    _sizes(name, tokens=tokens, classes=classes)
-    if target.dtype != torch.int64 or not target.shape == grad_loss.shape == (tokens,):
-        _refuse(name, f"labels {target.dtype} {tuple(target.shape)}, slopes {tuple(grad_loss.shape)}")
-
-
 CHECKS: dict[str, Callable[..., None]] = {
     "npu_fusion_attention": _fusion_attention,
     "npu_scaled_masked_softmax": _scaled_masked_softmax,
@@ -209,6 +197,5 @@ CHECKS: dict[str, Callable[..., None]] = {
     "npu_rms_norm": _rms_norm,
     "npu_swiglu": _swiglu,
     "npu_cross_entropy_loss": _cross_entropy_loss,
-    "npu_cross_entropy_loss_backward": _cross_entropy_loss_backward,
 }
 """What looks at a call, with the operator's own parameters as far as this project uses them."""

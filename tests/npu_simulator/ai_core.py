@@ -3,8 +3,8 @@
 Read in CANN's open ops-math (commit c4193324) and ops-nn (e5c3fa93): of each operator the list that its
 `op_api` compares with before it launches on the AI cores, for 910B where there are several. fp16, bf16 and
 fp32 need no entry; everything else that a step meets must stand here. Not listed although they exist, for
-where they run depends on their shapes as well: gather (GatherElements), scatter_add (ScatterElements); int64
-masked_fill and sorts of whole numbers are not on the AI cores at all.
+where it runs depends on its shape as well: gather (GatherElements, of few rows alone); int64 masked_fill and
+sorts of whole numbers are not on the AI cores at all.
 """
 
 FLOATS = {"float16", "bfloat16", "float32"}
@@ -25,13 +25,17 @@ ALLOWED = {
     "aten::tril": {"bool"},
     # math/cast: pairs, see `CASTS`
     # math/: range, equal, not_equal, less, select (its condition is bool), maximum, sub, add, mul, is_finite
-    # (its result is bool), logical_or, logical_and, reduce_any, reduce_sum; bitwise ones of bool are logical
+    # (its result is bool), logical_or, logical_and, reduce_any, reduce_sum; bitwise ones of bool are logical,
+    # greater_equal and less_equal as less
     "aten::arange": {"int32", "int64"},
     "aten::eq.Scalar": {"int32", "int64", "int8", "uint8", "bool"},
     "aten::eq.Tensor": {"int32", "int64", "int8", "uint8", "bool"},
     "aten::ne.Scalar": {"int32", "int64", "int8", "uint8", "bool"},
     "aten::ne.Tensor": {"int32", "int64", "int8", "uint8", "bool"},
     "aten::lt.Scalar": {"int32", "int64", "int8", "uint8", "bool"},
+    "aten::le.Scalar": {"bool"},
+    "aten::ge.Scalar": {"bool"},
+    "aten::logical_and_": {"bool"},
     "aten::isnan": {"bool"},
     "aten::isfinite": {"bool"},
     "aten::where.self": {"bool", "int32", "int8", "uint8", "int64"},
@@ -50,13 +54,14 @@ ALLOWED = {
     "aten::embedding": {"int32", "int64"},
     "aten::embedding_dense_backward": {"int32", "int64"},
     "aten::index.Tensor": {"int32", "int64", "bool"},
+    # scatter_elements_v2: fp32 along the last dimension, of less than 1.2 million numbers in older releases
+    "aten::scatter_add_": {"int64"},
     # masks and labels of torch_npu's own, by their documents (backend/npu_limits.py)
     "npu::npu_fusion_attention": {"bool", "uint8"},
     "npu::npu_fusion_attention_grad": {"bool", "uint8"},
     "npu::npu_scaled_masked_softmax": {"bool"},
     "npu::npu_scaled_masked_softmax_backward": {"bool"},
     "npu::npu_cross_entropy_loss": {"int64"},
-    "npu::npu_cross_entropy_loss_backward": {"int64"},
 }  # fmt: skip
 CASTS = {
     (a, b) for a in _ANY for b in _ANY if a == b or "float32" in (a, b) or {a, b} <= {"int32", "int64"}

@@ -34,11 +34,6 @@ SCHEMAS = {
         "float label_smoothing=0., float lse_square_scale_for_zloss=0., bool return_zloss=False) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "npu_cross_entropy_loss_backward": (
-        "(Tensor grad_loss, Tensor log_prob, Tensor target, Tensor? weight=None, Tensor? grad_zloss=None, "
-        "Tensor? lse_for_zloss=None, str reduction='mean', int ignore_index=-100, "
-        "float label_smoothing=0., float lse_square_scale_for_zloss=0.) -> Tensor"
-    ),
 }
 _library: torch.library.Library | None = None
 
@@ -174,26 +169,6 @@ def cross_entropy_loss(
     return loss.to(input.dtype), log_probabilities.to(input.dtype), nothing, nothing
 
 
-def cross_entropy_loss_backward(
-    grad_loss,
-    log_prob,
-    target,
-    weight=None,
-    grad_zloss=None,
-    lse_for_zloss=None,
-    reduction="mean",
-    ignore_index=-100,
-    label_smoothing=0.0,
-    lse_square_scale_for_zloss=0.0,
-):
-    """Of each loss, with the slopes of its own: probabilities less one at the label."""
-    assert reduction == "none"
-    assert (weight, grad_zloss, lse_for_zloss, ignore_index, label_smoothing) == (None, None, None, -100, 0.0)
-    slope = _wide(log_prob).exp()
-    slope[torch.arange(len(target)), target] -= 1
-    return (slope * _wide(grad_loss)[:, None]).to(log_prob.dtype)
-
-
 # ---- as the device launches them -------------------------------------------------------------------------
 
 
@@ -289,7 +264,6 @@ LAUNCHED: dict[str, Callable] = {
     "npu::npu_swiglu": swiglu,
     "npu::npu_swiglu_backward": swiglu_backward,
     "npu::npu_cross_entropy_loss": cross_entropy_loss,
-    "npu::npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
     "npu::npu_scaled_masked_softmax": scaled_masked_softmax,
     "npu::npu_scaled_masked_softmax_backward": scaled_masked_softmax_backward,
     "npu::npu_dtype_cast": cast,

@@ -83,14 +83,6 @@ def test_cross_entropy(dtype, reduction) -> None:
     loss, found, _, _ = kernels.cross_entropy_loss(x, labels, reduction=reduction)
     near(loss, wanted, dtype)
     near(found, log_probabilities, dtype)
-    if reduction == "none":
-        slope = random(6, seed=1).to(dtype)
-        back = log_probabilities.exp()
-        back[torch.arange(6), labels] -= 1
-        got = kernels.cross_entropy_loss_backward(
-            slope, log_probabilities.to(torch.float32), labels, reduction=reduction
-        )
-        near(got, back * slope.double()[:, None], torch.float32, terms=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
