@@ -27,7 +27,7 @@ import numpy as np
 from aquila.config.run import parse_split
 from aquila.core.errors import UserError, run_command
 from aquila.core.text_files import read_text, text_under
-from aquila.data import documents
+from aquila.data.documents import Documents as IndexedDocuments
 from aquila.data.meta import check_dataset
 from aquila.generation.locate import resolve_checkpoint
 from aquila.tokenizer import Tokenizer, load_tokenizer
@@ -140,7 +140,7 @@ def open_documents(data: str, tokenizer: Tokenizer, split: str, part: str, limit
 
 
 def _indexed(prefix: str) -> Documents:
-    source = documents.Documents(prefix)
+    source = IndexedDocuments(prefix)
     lengths = source.index.lengths.astype(np.int64)
     return Documents(lengths, lambda number: source.read(number, 0).astype(np.int64))
 

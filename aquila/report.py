@@ -142,7 +142,8 @@ def render(runs: list[Run], summaries: dict[str, dict[str, Any]], svg: bytes) ->
         for step, name, then, now in changes(run)
     ]
     identities = [run.identity() for run in runs]
-    known = [[key, *(told.get(key, "-") for told in identities)] for key in identities[0] if key != "run"]
+    keys = dict.fromkeys(key for told in identities for key in told)
+    known = [[key, *(told.get(key, "-") for told in identities)] for key in keys]
     parts = [
         _table("runs", ["", *names], [[name, *cells] for name, cells in rows(summaries)]),
         _section(

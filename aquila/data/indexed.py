@@ -134,10 +134,12 @@ class Corpus:
         return Sample(tokens, numbers, found, np.concatenate(marks) if marks else None)
 
     def _damaged(self, order: EpochOrder, index: int) -> UserError:
-        folder = Path(getattr(order.shuffle, "filename", None) or "in memory").parent
+        what = f"sample {index:,} of {self.prefix} is no {self._cut.seq_length + 1} tokens in a row"
+        if (file := getattr(order.shuffle, "filename", None)) is None:
+            return UserError(f"{self.source.index_file}: {what}: it was replaced; restore it, start again")
         return UserError(
-            f"{folder}: sample {index:,} of {self.prefix} is no {self._cut.seq_length + 1} tokens in a row: "
-            "this stored order is damaged; remove the folder, and it is built again"
+            f"{Path(file).parent}: {what}: this stored order is damaged; remove the folder, and it is built "
+            "again"
         )
 
     def epoch_order(self, epoch: int) -> EpochOrder:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aquila.config.effective import FP8_RUNS
+from aquila.config.cross_checks import FP8_RUNS
 from aquila.core.errors import UserError
 from aquila.core.paths import ROOT
 from aquila.launch.cluster import Cluster, NodeHandle

@@ -41,13 +41,12 @@ class Run:
     def identity(self) -> dict[str, str]:
         """What the run was, by its last start: for who has the page alone."""
         if not self.starts:
-            return {"run": self.name}
+            return {}
         last, config = self.starts[-1], self.starts[-1].get("config") or {}
         size = last.get("parameters")
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
         changed = [f"{key}={_text(value)}" for key, value in config.items() if value != defaults.get(key)]
-        told = {
-            "run": self.name,
+        return {
             "model": f"{Path(last.get('model') or '-').name}{f', {size:,} parameters' if size else ''}",
             "data": _text(config.get("data_prefix", "-")),
             "devices": str(last.get("devices", last.get("world_size", "-"))),
@@ -55,7 +54,6 @@ class Run:
             "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(self.starts[0]["time"])),
             "settings other than the defaults": " ".join(changed) or "none",
         }
-        return told
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the report; None where the run does not say."""

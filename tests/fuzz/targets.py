@@ -8,9 +8,10 @@ import gzip
 import io
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -52,9 +53,8 @@ class Target:
     read: Callable[[bytes, Path], None]
     seeds: list[bytes]
     """Valid inputs, from which damaged ones are made."""
-    examples: int = 60
+    examples: int
     """Inputs in each run of the test command: a second or two."""
-    name: str = field(default="")
 
 
 TARGETS: dict[str, Target] = {}
@@ -62,8 +62,7 @@ TARGETS: dict[str, Target] = {}
 
 def _target(seeds: list[bytes], examples: int = 60) -> Callable[[Callable[[bytes, Path], None]], None]:
     def register(read: Callable[[bytes, Path], None]) -> None:
-        name = read.__name__.strip("_")
-        TARGETS[name] = Target(read, seeds, examples, name)
+        TARGETS[read.__name__] = Target(read, seeds, examples)
 
     return register
 
@@ -83,9 +82,8 @@ def hostfile(data: bytes, folder: Path) -> None:
 
 
 def _load_config(folder: Path) -> None:
-    for device in (None,):
-        effective = load_run_config("run.yaml", str(TINY), [], device=device, root=folder)
-        effective.table(), effective.summary(), effective.to_yaml()
+    effective = load_run_config("run.yaml", str(TINY), [], root=folder)
+    effective.table(), effective.summary(), effective.to_yaml()
 
 
 YAML = b"""data_prefix: [0.3, data/a, 0.7, data/b]
@@ -194,8 +192,6 @@ def _safetensors() -> bytes:
 
 @cache
 def _scratch() -> str:
-    import tempfile
-
     return tempfile.mkdtemp(prefix="aquila-fuzz-")
 
 

@@ -2,14 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.launch_helpers import environment
-from tests.integration.training_runs import make_project
+from tests.integration.training_runs import make_project, run_cases
 
 RANKS = Path(__file__).parent / "zero_step_ranks.py"
 FP16 = ("precision=fp16", "bmt_loss_scale=1024", "loss_scale_window=1000")
@@ -41,19 +38,10 @@ EXACT = [name for name in CASES if "zero_stage" in name or "clipped" in name]
 def found(tmp_path_factory) -> dict[str, dict]:
     project = make_project(tmp_path_factory.mktemp("zero-step"))
     cases = [{"ranks": ranks, "way": way, "overrides": words} for ranks, way, *words in CASES.values()]
-    (project / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, str(RANKS), "cases.json"],
-        cwd=project,
-        env=environment(project) | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    rows = [json.loads(line) for line in re.findall(r"^CASE (.*)$", done.stdout, re.MULTILINE)]
-    assert len(rows) == len(CASES), done.stdout[-6000:]
-    assert not any("statuses" in row for row in rows), done.stdout[-6000:]
+    printed = run_cases(project, RANKS, cases)
+    rows = [json.loads(line) for line in re.findall(r"^CASE (.*)$", printed, re.MULTILINE)]
+    assert len(rows) == len(CASES), printed[-6000:]
+    assert not any("statuses" in row for row in rows), printed[-6000:]
     assert all(row["moved"] > 1e-4 for row in rows), rows
     return dict(zip(CASES, rows, strict=True))
 

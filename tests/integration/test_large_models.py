@@ -1,7 +1,6 @@
 """ZeRO-3 as a whole: no rank ever holds the model, from the first byte on, and training is that of ZeRO-2."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,11 +15,10 @@ from aquila.config import load_model_config
 from aquila.model import AquilaModel
 from aquila.model.weights import save_weights
 from tests.integration.launch_helpers import ROOT, environment
-from tests.integration.training_runs import MODEL, RUN, make_project, metrics
+from tests.integration.training_runs import MODEL, RUN, add_model, make_project, metrics, run_jobs
 
 pytestmark = pytest.mark.slow
 
-RANKS = Path(__file__).parent / "forked_ranks.py"
 LARGE = MODEL | {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 64}
 """Of 400 MiB in fp32: what a rank holds besides tensors is little beside that."""
 
@@ -45,30 +43,10 @@ def checkpoint(experiment: str, step: int) -> str:
     return f"checkpoints_out/{experiment}/0/checkpoints/step-{step:08d}"
 
 
-def run(project: Path, jobs: list[dict]) -> tuple[list[list[int]], str]:
-    """Each job's statuses, and all that was printed."""
-    (project / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(RANKS), "jobs.json"],
-        cwd=project,
-        env=environment(project) | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return [json.loads(line) for line in re.findall(r"^JOB (.*)$", done.stdout, re.MULTILINE)], done.stdout
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     project = make_project(tmp_path_factory.mktemp("large"))
-    large = project / "checkpoints_in" / "large"
-    large.mkdir()
-    for path in (project / "checkpoints_in" / "small").iterdir():
-        os.link(path, large / path.name)
-    (large / "config.json").unlink()
-    (large / "config.json").write_text(json.dumps(LARGE))
+    large = add_model(project, "large", LARGE)
     model = AquilaModel(load_model_config(large), seed=1)
     save_weights(model, large)
     shutil.copytree(large, project / "checkpoints_in" / "torch")
@@ -106,7 +84,7 @@ def runs(project) -> str:
             for model, load in (("large", False), ("large", True), ("torch", True))
         ),
     ]
-    statuses, printed = run(project, jobs)
+    statuses, printed = run_jobs(project, jobs)
     assert "its logits verified" in printed
     assert statuses == [[0] * job["ranks"] for job in jobs], printed
     return printed

@@ -1,7 +1,6 @@
 """Ranks that share samples compute what one rank computes, and each holds less."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.launch_helpers import ROOT, environment
-from tests.integration.training_runs import MODEL, make_project, metrics, python
+from tests.integration.training_runs import MODEL, add_corpus, add_model, make_project, metrics, run_jobs
 
 FOLDER = Path(__file__).parent
 QUICK = ("documents", "one key head, all layers again")
@@ -54,17 +53,8 @@ def test_of_every_kind_of_attention_and_recomputation():
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     project = make_project(tmp_path_factory.mktemp("shared"))
-    long = project / "checkpoints_in" / "long"
-    long.mkdir()
-    for path in (project / "checkpoints_in" / "small").iterdir():
-        os.link(path, long / path.name)
-    (long / "config.json").unlink()
-    (long / "config.json").write_text(json.dumps(LONG))
-    python(project, "-m", "data_tools.make_demo_corpus", "--output", "long.jsonl", "--documents", "400")
-    python(
-        project, "-m", "data_tools.make_indexed_dataset", "--input", "long.jsonl",
-        "--output-prefix", "data/long", "--model-dir", "checkpoints_in/small",
-    )  # fmt: skip
+    add_model(project, "long", LONG)
+    add_corpus(project, "long", 400)
     return project
 
 
@@ -94,19 +84,9 @@ def test_runs_that_share_samples_are_those_that_do_not(project):
         "data_prefix=data/long_text_document",
     )  # fmt: skip
     jobs += [job(size, f"long-{size}", *short, model="long", memory="steps") for size in (1, 2, 4)]
-    (project / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "forked_ranks.py"), "jobs.json"],
-        cwd=project,
-        env=environment(project) | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    statuses = [json.loads(line) for line in re.findall(r"^JOB (.*)$", done.stdout, re.MULTILINE)]
-    assert statuses == [[0] * 4] * len(jobs), done.stdout
-    assert "4 neighbouring ranks share each sample, each with 8 of its 32 positions" in done.stdout
+    statuses, printed = run_jobs(project, jobs, timeout=600)
+    assert statuses == [[0] * 4] * len(jobs), printed
+    assert "4 neighbouring ranks share each sample, each with 8 of its 32 positions" in printed
     plain = metrics(project, "one")
     for experiment in [made["args"][2] for made in jobs[1:9]]:
         records = metrics(project, experiment)
@@ -116,7 +96,7 @@ def test_runs_that_share_samples_are_those_that_do_not(project):
             for key in ("loss", "grad_norm", "valid_loss"):
                 if key in one:
                     assert other[key] == pytest.approx(one[key], abs=2e-6), (experiment, key)
-    peaks = [float(part) for part in re.findall(r"STEP \d ([\d.]+)", done.stdout)]
+    peaks = [float(part) for part in re.findall(r"STEP \d ([\d.]+)", printed)]
     alone, two, four = (max(peaks[at : at + 4]) for at in (0, 4, 8))
     assert two < 0.7 * alone, peaks
     assert four < 0.5 * alone, peaks

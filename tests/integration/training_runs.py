@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,12 +49,47 @@ def make_project(folder: Path) -> Path:
     shutil.copytree(tiny, model)
     (model / "config.json").write_text(json.dumps(MODEL))
     (project / "run.yaml").write_text(yaml.safe_dump(RUN))
-    python(project, "-m", "data_tools.make_demo_corpus", "--output", "demo.jsonl", "--documents", "30")
-    python(
-        project, "-m", "data_tools.make_indexed_dataset", "--input", "demo.jsonl",
-        "--output-prefix", "data/demo", "--model-dir", "checkpoints_in/small",
-    )  # fmt: skip
+    add_corpus(project, "demo", 30)
     return project
+
+
+def add_corpus(project: Path, name: str, documents: int) -> None:
+    """`data/NAME_text_document`, of the demo corpus."""
+    made = ("--output", f"{name}.jsonl", "--documents", str(documents))
+    python(project, "-m", "data_tools.make_demo_corpus", *made)
+    python(
+        project, "-m", "data_tools.make_indexed_dataset", "--input", f"{name}.jsonl",
+        "--output-prefix", f"data/{name}", "--model-dir", "checkpoints_in/small",
+    )  # fmt: skip
+
+
+def add_model(project: Path, name: str, config: dict) -> Path:
+    """The small model's folder once more, with another `config.json`."""
+    folder = project / "checkpoints_in" / name
+    shutil.copytree(project / "checkpoints_in" / "small", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run_jobs(project: Path, jobs: list[dict], timeout: float = 300) -> tuple[list[list[int]], str]:
+    """Jobs of `forked_ranks.py`: each one's statuses, and all that was printed."""
+    printed = run_cases(project, Path(__file__).with_name("forked_ranks.py"), jobs, timeout)
+    return [json.loads(line) for line in re.findall(r"^JOB (.*)$", printed, re.MULTILINE)], printed
+
+
+def run_cases(project: Path, script: Path, cases: list[dict], timeout: float = 300) -> str:
+    """All that a script of this folder prints that takes its cases as a JSON file."""
+    (project / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, str(script), "cases.json"],
+        cwd=project,
+        env=environment(project) | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    return done.stdout
 
 
 def python(project: Path, *words: str) -> subprocess.CompletedProcess:

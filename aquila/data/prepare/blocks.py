@@ -257,7 +257,8 @@ def _rows(source: Source, columns: Sequence[str]) -> Iterator[ItemsBlock]:
         schema = parquet.read_schema(source.path)
         present = [name for name in (*columns, "conversations") if name in schema.names]
         # As a dictionary, a text that a few bytes repeat in every row is in memory once.
-        texts = [name for name in present if pyarrow.types.is_string(schema.field(name).type)]
+        kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+        texts = [name for name in present if schema.field(name).type in kinds]
         with parquet.ParquetFile(source.path, read_dictionary=texts, buffer_size=BLOCK_BYTES) as file:
             row, rows = 1, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=_ROWS, columns=present):

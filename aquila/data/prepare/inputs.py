@@ -58,7 +58,7 @@ def _expand(item: str) -> list[str]:
     known = ", ".join(FORMS) + ", each also .gz or .zst"
     if os.path.isdir(item):
         walked = _walk(item)
-        hidden = {path for path in walked if "/." in path.removeprefix(item)}
+        hidden = {path for path in walked if "/." in f"/{os.path.relpath(path, item)}"}
         found = sorted(path for path in walked if _kind(path) and path not in hidden)
         _tell_left_out(item, "of no known kind", [path for path in walked if not _kind(path)])
         _tell_left_out(item, "hidden by a dot", [path for path in hidden if _kind(path)])

@@ -51,13 +51,19 @@ def loss(module: torch.nn.Module, batch: object, *rest: object) -> torch.Tensor:
     return value * {"nan": float("nan"), "nan-always": float("nan"), "spike": 100.0}.get(KIND, 1.0)
 
 
+def slow_fsync(file: int) -> None:
+    time.sleep(2)
+    print("a slow fsync", flush=True)
+    _fsync(file)
+
+
 def step(trainer: Trainer) -> StepResult:
     _state["step"] = trainer.state.step + 1
     if KIND == "asleep" and due():
         while True:
             time.sleep(3600)
     if KIND == "slow-disk" and due():
-        os.fsync = lambda file: (time.sleep(2), _fsync(file))[1]
+        os.fsync = slow_fsync
     if KIND == "clock" and _state["step"] >= int(STEP):
         time.time = lambda: _now() - 3600
     result = _trainer_step(trainer)

@@ -221,6 +221,7 @@ def test_a_disk_slower_than_hang_timeout_ends_nothing(project: Path) -> None:
     )
     assert status == 0, output
     assert "error" not in output
+    assert output.count("a slow fsync") > 4  # longer than hang_timeout, two seconds each
 
 
 @pytest.mark.slow

@@ -1,9 +1,5 @@
 """A generation step's attention equals the definition: shapes, dtypes, cache, other rows, threads, levels."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +7,7 @@ from aquila.backend import cpu, reference
 from aquila.backend.cpu_kernels import step_attention as kernel
 from aquila.backend.reference import StepRows
 from aquila.model.rotary import RotaryTables
+from tests.unit.backend.cpu_kernels.levels import LEVELS, run_at_level
 
 needs_kernel = pytest.mark.skipif(not kernel.available(), reason="no C++ compiler on this machine")
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float32: 2e-6}
@@ -70,12 +67,11 @@ def test_nan_in_the_cache_is_not_hidden():
     assert run(cpu.step_attention, qkv, kv, rows)[0].isnan().all()
 
 
-@pytest.mark.parametrize("level", ["none", "portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["none", *LEVELS])
 def test_every_level_of_the_processor(level, root, tmp_path):
     """The same source, compiled for less than this processor has; "none" is torch alone."""
     code = (
         "import torch; torch.set_grad_enabled(False)\n"
-        "import sys; sys.path.insert(0, 'tests/unit/backend/cpu_kernels')\n"
         "import test_step_attention as t, test_gemv as g\n"
         "from aquila.backend.cpu_kernels import gemv, step_attention\n"
         f"assert step_attention.available() == gemv.available() == ({level!r} != 'none')\n"
@@ -86,8 +82,4 @@ def test_every_level_of_the_processor(level, root, tmp_path):
         "if gemv.available():\n"
         "  for rows in (1, 6): g.test_int8_equals_the_exact_product(torch.bfloat16, rows, 40, 256)\n"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "AQUILA_CPU_LEVEL": level}
-    if not kernel.available() or not kernel.native.level_fits(level):
-        pytest.skip(f"this processor or compiler has no {level}")
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_at_level(level, code, root, tmp_path)

@@ -1,9 +1,5 @@
 """All layers of a generation step as one call: bit for bit what layer after layer gives, at every level."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,6 +10,7 @@ from aquila.generation.cache import RowCache
 from aquila.generation.decode_step import DecodeStep
 from aquila.generation.int8 import quantize
 from aquila.model import AquilaModel
+from tests.unit.backend.cpu_kernels.levels import LEVELS, run_at_level
 
 needs_kernel = pytest.mark.skipif(not step_layers.available(), reason="no C++ compiler on this machine")
 KINDS = {"bf16": torch.bfloat16, "int8": torch.bfloat16, "int8 of fp32": torch.float32}
@@ -108,18 +105,13 @@ def test_what_the_kernel_does_not_take_goes_layer_by_layer():
     assert not taken(fp32._layers, fp32, cache, (3,))
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_the_processor(level, root, tmp_path):
     code = (
-        "import sys; sys.path.insert(0, 'tests/unit/backend/cpu_kernels')\n"
         "import test_step_layers as t\n"
         "for kind in t.KINDS:\n"
         "    for lengths in ((3,), (300, 5, 256), (9,) * 8):\n"
         "        t.test_equals_the_layers_one_after_the_other(kind, lengths, {})\n"
         "    t.test_equals_the_definition(kind)\n"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "AQUILA_CPU_LEVEL": level}
-    if not step_layers.available() or not step_layers.native.level_fits(level):
-        pytest.skip(f"this processor or compiler has no {level}")
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_at_level(level, code, root, tmp_path)

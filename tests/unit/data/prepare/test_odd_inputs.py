@@ -56,8 +56,9 @@ def test_what_is_left_out_is_named_and_what_is_meant_is_found(tmp_path, capsys) 
     (elsewhere / "c.Txt.GZ").touch()
     (folder / "link").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)
-    found = [source.path.rpartition("/")[2] for source in find_sources([str(folder)])]
-    assert found == ["A.JSONL", "b.ndjson", "c.Txt.GZ"]
+    for item in (str(folder), f"{folder}/"):
+        found = [source.path.rpartition("/")[2] for source in find_sources([item])]
+        assert found == ["A.JSONL", "b.ndjson", "c.Txt.GZ"]
     assert "1 file(s) of no known kind are left out: notes.doc" in (told := capsys.readouterr().err)
     assert "2 file(s) hidden by a dot are left out: ._A.JSONL, old.txt" in told
 
