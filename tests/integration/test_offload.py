@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.test_large_models import checkpoint, job, run
-from tests.integration.training_runs import RUN, make_project, metrics
+from tests.integration.test_large_models import checkpoint, job
+from tests.integration.training_runs import RUN, make_project, metrics, run_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def project(tmp_path_factory) -> Path:
     jobs += [
         offloaded(name, *what, f"resume={checkpoint(source, 2)}") for name, (source, *what) in RESUMED.items()
     ]
-    statuses, printed = run(project, jobs)
+    statuses, printed = run_jobs(project, jobs)
     assert statuses == [[0] * job["ranks"] for job in jobs], printed
     assert "optimizer step: deepspeed (the optimizer is offloaded)" in printed
     return project

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from aquila.core.checkpoints import MANIFEST, fingerprint
-from tests.integration.test_large_models import checkpoint, job, run
-from tests.integration.training_runs import RUN, make_project, metrics
+from tests.integration.test_large_models import checkpoint, job
+from tests.integration.training_runs import RUN, make_project, metrics, run_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def project(tmp_path_factory) -> Path:
         job(ranks, name, ZERO[stage], f"resume={checkpoint(source, 2)}", *more)
         for name, (source, ranks, stage, more) in (CHANGES | PRECISIONS).items()
     ]
-    statuses, printed = run(project, sources + changed)
+    statuses, printed = run_jobs(project, sources + changed)
     assert statuses == [[0] * job["ranks"] for job in sources + changed], printed
     assert "anew (world_size 4 -> 2, zero_stage 2 -> 3)" in printed
     return project
@@ -82,6 +82,6 @@ def test_shards_of_other_weights_are_refused_on_every_rank(project) -> None:
     files = [path for path in mixed.rglob("*") if path.is_file() and path.name != MANIFEST]
     entries = {str(path.relative_to(mixed)): fingerprint(path) for path in files}
     (mixed / MANIFEST).write_text(json.dumps(entries))
-    statuses, printed = run(project, [job(2, "mixed", ZERO[3])])
+    statuses, printed = run_jobs(project, [job(2, "mixed", ZERO[3])])
     assert statuses == [[2, 2]], printed
     assert "are not those of the weights beside them" in printed
