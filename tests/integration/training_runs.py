@@ -1,5 +1,6 @@
 """What the tests of training share: a project with a small model and corpus, and ranks started in it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -185,8 +186,11 @@ def wait_for(
 
 
 def children(pid: int) -> list[int]:
-    return [
-        child.pid
-        for child in psutil.Process(pid).children()
-        if any("pretrain" in w or "fault_rank" in w for w in command_of(child))
-    ]
+    """The ranks of a launch; none once it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [
+            child.pid
+            for child in psutil.Process(pid).children()
+            if any("pretrain" in w or "fault_rank" in w for w in command_of(child))
+        ]
+    return []

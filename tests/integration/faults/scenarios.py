@@ -5,6 +5,7 @@ returns an `Outcome`: whether the end was that of the undisturbed run, and how m
 """
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from tests.integration.rank_server import ForkedProcess
 from tests.integration.training_runs import children, exact, finish, metrics, start, train, wait_for
@@ -116,17 +119,34 @@ def damaged(
 
 def frozen(project: Path, experiment: str, dice: random.Random) -> Outcome:
     """The whole machine stands still for longer than `hang_timeout`, and goes on: nothing has happened."""
+    for attempt in itertools.count():
+        outcome = _frozen(project, f"{experiment}-{attempt}", dice.randrange(1, 6))
+        if outcome is not None:  # a run that ended before it was frozen shows nothing
+            return outcome
+
+
+def _frozen(project: Path, experiment: str, goal: int) -> Outcome | None:
     process = start(project, experiment, *OPTIONS, "hang_timeout=6")
-    goal = dice.randrange(1, STEPS - 5)
-    wait_for(lambda: last_step(project, experiment) >= goal, process)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for rank in children(process.pid):
-            _send(rank, number)
-        if number == signal.SIGSTOP:
-            time.sleep(9)
+    wait_for(
+        lambda: process.poll() is not None or last_step(project, experiment) >= goal,
+        process, exits=True, pause=0.002,
+    )  # fmt: skip
+    ranks = children(process.pid)
+    for rank in ranks:
+        _send(rank, signal.SIGSTOP)
+    stopped = bool(ranks) and all(_is_stopped(rank) for rank in ranks)
+    time.sleep(9 if stopped else 0)
+    for rank in ranks:
+        _send(rank, signal.SIGCONT)
     output = finish(process, 120)
     same = process.returncode == 0 and exact(metrics(project, experiment)) == undisturbed(project)
-    return Outcome("frozen and thawed", same, 0, "went on" if same else output[-2000:])
+    return Outcome("frozen and thawed", same, 0, "went on" if same else output[-2000:]) if stopped else None
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
 
 
 def torn_side_files(project: Path, experiment: str, dice: random.Random) -> Outcome:
